@@ -1,0 +1,67 @@
+# Turns the rows of an instances.def into one .cu file each.
+#
+# A row is a line of the form
+#   HOPPER_ATTENTION_FORWARD(bf16_d128_full, kBfloat16, 128, 128, kFull)
+# and becomes <build>/instances/forward_bf16_d128_full.cu. Rows whose name does not match
+# HOPPER_ATTENTION_INSTANCES are left out. The kept rows go to
+# <build>/instances/compiled_instances.def, the dispatcher's table.
+set(HOPPER_ATTENTION_INSTANCES ".*" CACHE STRING
+  "Regular expression on instance names; only the matching ones are compiled")
+
+# Writes a file only where its text differs, so that nothing is compiled again in vain.
+function(hopper_attention_write path text)
+  set(old "")
+  if(EXISTS "${path}")
+    file(READ "${path}" old)
+  endif()
+  if(NOT old STREQUAL text)
+    file(WRITE "${path}" "${text}")
+  endif()
+endfunction()
+
+# Sets ${sources} to the generated files. pass is a folder of hopper/, in lower case: forward.
+function(hopper_attention_generate_instances pass sources)
+  set(table "${PROJECT_SOURCE_DIR}/hopper/${pass}/instances.def")
+  set(folder "${PROJECT_BINARY_DIR}/instances")
+  string(TOUPPER "${pass}" upper)
+  set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS "${table}")
+
+  file(STRINGS "${table}" rows REGEX "^[ \t]*HOPPER_ATTENTION_${upper}\\(")
+  set(kept "")
+  set(generated "")
+  set(names "")
+  foreach(row IN LISTS rows)
+    if(NOT row MATCHES "^HOPPER_ATTENTION_${upper}\\(([a-z0-9_]+), ([A-Za-z0-9_, ]+)\\)$")
+      message(FATAL_ERROR "${table}: cannot read this row, which must be "
+        "HOPPER_ATTENTION_${upper}(name, ...) on a line of its own:\n  ${row}")
+    endif()
+    set(name "${CMAKE_MATCH_1}")
+    set(fields "${CMAKE_MATCH_2}")
+    if(name IN_LIST names)
+      message(FATAL_ERROR "${table}: the name ${name} is there twice")
+    endif()
+    list(APPEND names "${name}")
+    if(NOT name MATCHES "${HOPPER_ATTENTION_INSTANCES}")
+      continue()
+    endif()
+    set(file "${folder}/${pass}_${name}.cu")
+    hopper_attention_write("${file}" "// Generated from hopper/${pass}/instances.def.
+#include \"${pass}/instance.cuh\"
+
+HOPPER_ATTENTION_DEFINE_${upper}(${name}, ${fields})
+")
+    list(APPEND generated "${file}")
+    string(APPEND kept "${row}\n")
+  endforeach()
+
+  list(LENGTH names total)
+  list(LENGTH generated count)
+  if(count EQUAL 0)
+    message(FATAL_ERROR
+      "No row of ${table} has a name that matches HOPPER_ATTENTION_INSTANCES="
+      "${HOPPER_ATTENTION_INSTANCES}. The names are: ${names}")
+  endif()
+  message(STATUS "Kernels: ${count} of ${total} ${pass} instances")
+  set(${sources} "${generated}" PARENT_SCOPE)
+  set(${sources}_rows "${kept}" PARENT_SCOPE)
+endfunction()

@@ -1,0 +1,54 @@
+#include "common/tensor_map.h"
+
+#include <cuda_runtime_api.h>
+
+#include "hopper_attention/budget.h"
+
+namespace hopper_attention {
+namespace {
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// Looked up at run time: linking libcuda would make the library unloadable without a driver.
+EncodeTiled find_encode_tiled() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult found{};
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(
+      "cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+  if (error != cudaSuccess || found != cudaDriverEntryPointSuccess) return nullptr;
+  return reinterpret_cast<EncodeTiled>(entry);
+}
+
+// A dimension of size 1 may carry any stride; TMA wants a multiple of 16 bytes all the same.
+cuuint64_t byte_stride(int size, std::int64_t stride) {
+  return size == 1 ? 16 : static_cast<cuuint64_t>(stride) * kElementBytes;
+}
+
+}  // namespace
+
+const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
+                              bool bfloat16) {
+  static const EncodeTiled encode = find_encode_tiled();
+  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer)";
+  const cuuint64_t sizes[] = {
+      static_cast<cuuint64_t>(view.head_dim), static_cast<cuuint64_t>(view.seqlen),
+      static_cast<cuuint64_t>(view.heads), static_cast<cuuint64_t>(view.batch)};
+  const cuuint64_t strides[] = {byte_stride(view.seqlen, view.stride_seq),
+                                byte_stride(view.heads, view.stride_head),
+                                byte_stride(view.batch, view.stride_batch)};
+  const cuuint32_t box_sizes[] = {static_cast<cuuint32_t>(box.columns),
+                                  static_cast<cuuint32_t>(box.rows), 1, 1};
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult result = encode(
+      map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
+      const_cast<void*>(view.data), sizes, strides, box_sizes, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box.columns * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor";
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,243 @@
+// The C interface: check -> plan -> find the compiled instance -> descriptors -> launch.
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+
+#include "common/tensor_map.h"
+#include "forward/params.h"
+#include "forward/problem.h"
+#include "hopper_attention/budget.h"
+
+namespace hopper_attention {
+
+#define HOPPER_ATTENTION_FORWARD(name, dtype, head_dim, head_dim_v, mask) \
+  cudaError_t forward_##name(const ForwardParams&, const LaunchSpec&);
+#include "compiled_instances.def"
+#undef HOPPER_ATTENTION_FORWARD
+
+namespace {
+
+struct ForwardRow {
+  const char* name;
+  ForwardKey key;
+  ForwardLauncher launch;  // null where this build left the row out
+};
+
+#define HOPPER_ATTENTION_FORWARD(name, dtype, head_dim, head_dim_v, mask) \
+  {#name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, &forward_##name},
+constexpr ForwardRow kCompiledRows[] = {
+#include "compiled_instances.def"
+    {"", {}, nullptr},  // a build may leave every row out
+};
+#undef HOPPER_ATTENTION_FORWARD
+
+#define HOPPER_ATTENTION_FORWARD(name, dtype, head_dim, head_dim_v, mask) \
+  {#name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, nullptr},
+constexpr ForwardRow kAllRows[] = {
+#include "forward/instances.def"
+};
+#undef HOPPER_ATTENTION_FORWARD
+
+thread_local std::string last_error;
+
+template <std::size_t size>
+const ForwardRow* find_row(const ForwardRow (&rows)[size], const ForwardKey& key) {
+  for (const ForwardRow& row : rows) {
+    if (row.key == key) return &row;
+  }
+  return nullptr;
+}
+
+Status cuda_failure(const char* what, cudaError_t error) {
+  const bool device_missing = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
+  return {device_missing ? HOPPER_ATTENTION_WRONG_DEVICE : HOPPER_ATTENTION_CUDA_ERROR,
+          std::string(what) + ": " + cudaGetErrorString(error)};
+}
+
+constexpr int kMaxDevices = 64;
+constexpr int kDefaultSms = 132;
+
+// The current device and its multiprocessors; asked of CUDA once a device.
+Status current_device(int* device, int* num_sms) {
+  static std::atomic<int> known_sms[kMaxDevices];
+  cudaError_t error = cudaGetDevice(device);
+  if (error != cudaSuccess) return cuda_failure("no CUDA device", error);
+  if (*device >= kMaxDevices) {
+    return {HOPPER_ATTENTION_WRONG_DEVICE, "device index above 63: " + std::to_string(*device)};
+  }
+  *num_sms = known_sms[*device].load(std::memory_order_relaxed);
+  if (*num_sms > 0) return {};
+  int major = 0, minor = 0;
+  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, *device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, *device);
+  }
+  if (error != cudaSuccess) return cuda_failure("no CUDA device", error);
+  if (major != 9 || minor != 0) {
+    return {HOPPER_ATTENTION_WRONG_DEVICE,
+            "device " + std::to_string(*device) + " has compute capability " +
+                std::to_string(major) + "." + std::to_string(minor) +
+                "; the kernels need 9.0 (H100, H200, GH200)"};
+  }
+  known_sms[*device].store(*num_sms, std::memory_order_relaxed);
+  return {};
+}
+
+Status encode_descriptors(const hopper_attention_forward_args& a, const ForwardPlan& plan,
+                          ForwardParams* params) {
+  const bool bfloat16 = plan.key.dtype == Dtype::kBfloat16;
+  const bool keys = a.seqlen_k > 0;  // else K and V may be null and are never read: Q stands in
+  const TensorBox qk_box{slab_columns(plan.key.head_dim), 0};
+  const TensorBox v_box{slab_columns(plan.key.head_dim_v), 0};
+  const int seqlen_k = keys ? a.seqlen_k : 1;
+  struct {
+    const char* name;
+    CUtensorMap* map;
+    TensorView view;
+    TensorBox box;
+  } maps[] = {
+      {"q", &params->q,
+       {a.q, a.head_dim, a.seqlen_q, a.heads, a.batch, a.q_stride_seq, a.q_stride_head,
+        a.q_stride_batch},
+       {qk_box.columns, kConsumerRows}},
+      {"k", &params->k,
+       {keys ? a.k : a.q, a.head_dim, seqlen_k, a.heads_kv, a.batch, a.k_stride_seq,
+        a.k_stride_head, a.k_stride_batch},
+       {qk_box.columns, plan.config.tile_n}},
+      {"v", &params->v,
+       {keys ? a.v : a.q, a.head_dim_v, seqlen_k, a.heads_kv, a.batch, a.v_stride_seq,
+        a.v_stride_head, a.v_stride_batch},
+       {v_box.columns, plan.config.tile_n}},
+      {"out", &params->out,
+       {a.out, a.head_dim_v, a.seqlen_q, a.heads, a.batch, a.out_stride_seq, a.out_stride_head,
+        a.out_stride_batch},
+       {v_box.columns, kConsumerRows}},
+  };
+  for (const auto& m : maps) {
+    if (const char* error = encode_tensor_map(m.map, m.view, m.box, bfloat16)) {
+      return {HOPPER_ATTENTION_CUDA_ERROR, std::string("descriptor of ") + m.name + ": " + error};
+    }
+  }
+  return {};
+}
+
+Status missing_instance(const ForwardKey& key) {
+  const ForwardRow* row = find_row(kAllRows, key);
+  return {HOPPER_ATTENTION_NOT_COMPILED,
+          std::string("this build leaves out the kernel ") + (row ? row->name : "?") +
+              "; build with -DHOPPER_ATTENTION_INSTANCES=.* to have all of them"};
+}
+
+Status forward(const hopper_attention_forward_args& args) {
+  if (Status status = check_forward_shape(args); !status.ok()) return status;
+  int device = 0, num_sms = 0;
+  if (Status status = current_device(&device, &num_sms); !status.ok()) return status;
+  if (args.batch == 0 || args.heads == 0 || args.seqlen_q == 0) return {};  // nothing to write
+  if (Status status = check_forward_tensors(args); !status.ok()) return status;
+  ForwardPlan plan;
+  if (Status status = plan_forward(args, num_sms, &plan); !status.ok()) return status;
+  const ForwardRow* row = find_row(kCompiledRows, plan.key);
+  if (row == nullptr) return missing_instance(plan.key);
+
+  ForwardParams params;
+  if (Status status = encode_descriptors(args, plan, &params); !status.ok()) return status;
+  params.lse = args.lse;
+  params.counters = static_cast<unsigned int*>(args.workspace);
+  params.mask = plan.mask;
+  params.order = plan.order;
+  params.heads_per_kv = args.heads / args.heads_kv;
+  params.scale_log2 = plan.scale_log2;
+  params.transform_scores = plan.transform_scores;
+  params.inner_scale = plan.inner_scale;
+  params.cap = plan.cap;
+  const LaunchSpec spec{plan.grid, device, static_cast<cudaStream_t>(args.stream)};
+  const cudaError_t error = row->launch(params, spec);
+  return error == cudaSuccess ? Status{} : cuda_failure(row->name, error);
+}
+
+Status explain(const hopper_attention_forward_args& args, char* buffer, std::size_t capacity) {
+  if (Status status = check_forward_shape(args); !status.ok()) return status;
+  int device = 0, num_sms = 0;
+  if (!current_device(&device, &num_sms).ok()) num_sms = kDefaultSms;
+  ForwardPlan plan;
+  if (Status status = plan_forward(args, num_sms, &plan); !status.ok()) return status;
+  const ForwardRow* row = find_row(kAllRows, plan.key);
+  const bool full = plan.key.mask == MaskKind::kFull;
+  std::snprintf(
+      buffer, capacity,
+      "{\"instance\": \"%s\", \"dtype\": \"%s\", \"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, "
+      "\"stages\": %d, \"num_consumers\": %d, \"head_dim_tile\": %d, \"head_dim_v_tile\": %d, "
+      "\"smem_bytes\": %d, \"grid\": %d, \"num_tiles\": %d, \"scheduler\": \"%s\", "
+      "\"compiled\": %s, \"reason\": \"%s\"}",
+      row ? row->name : "", name_of(plan.key.dtype), name_of(plan.key.mask), plan.config.tile_m(),
+      plan.config.tile_n, plan.config.stages, plan.config.num_consumers, plan.key.head_dim,
+      plan.key.head_dim_v, shared_bytes(plan.config), plan.grid, plan.order.num_tiles(),
+      full ? "static" : "dynamic", find_row(kCompiledRows, plan.key) ? "true" : "false",
+      plan.config.reason);
+  return {};
+}
+
+// An older caller's struct is shorter: what it does not have is zero here.
+template <class Function>
+hopper_attention_status guarded(const hopper_attention_forward_args* args, Function function) {
+  Status status;
+  try {
+    if (args == nullptr) {
+      status = Status::invalid("args is null");
+    } else if (args->struct_size == 0 || args->struct_size > sizeof(*args)) {
+      status = Status::invalid("struct_size is " + std::to_string(args->struct_size) +
+                               "; this library knows 1 to " + std::to_string(sizeof(*args)));
+    } else {
+      hopper_attention_forward_args known{};
+      std::memcpy(&known, args, args->struct_size);
+      status = function(known);
+    }
+  } catch (const std::exception& error) {
+    status = {HOPPER_ATTENTION_CUDA_ERROR, error.what()};
+  }
+  last_error = status.message;
+  return status.code;
+}
+
+}  // namespace
+}  // namespace hopper_attention
+
+using namespace hopper_attention;
+
+extern "C" {
+
+hopper_attention_status hopper_attention_forward(const hopper_attention_forward_args* args) {
+  return guarded(args, [](const auto& known) { return forward(known); });
+}
+
+size_t hopper_attention_forward_workspace_bytes(void) { return 2 * sizeof(unsigned int); }
+
+hopper_attention_status hopper_attention_explain_forward(const hopper_attention_forward_args* args,
+                                                         char* buffer, size_t capacity) {
+  return guarded(args, [&](const auto& known) {
+    if (buffer == nullptr || capacity == 0) return Status::invalid("buffer is null or empty");
+    return explain(known, buffer, capacity);
+  });
+}
+
+const char* hopper_attention_last_error(void) { return last_error.c_str(); }
+
+const char* hopper_attention_version(void) { return HOPPER_ATTENTION_VERSION; }
+
+const char* hopper_attention_instances(void) {
+  static const std::string names = [] {
+    std::string joined;
+    for (const ForwardRow& row : kCompiledRows) {
+      if (row.launch != nullptr) joined += std::string(row.name) + "\n";
+    }
+    return joined;
+  }();
+  return names.c_str();
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// From a consumer's registers to global memory: O through shared memory and TMA, LSE directly.
+#pragma once
+
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "forward/mma.cuh"
+
+namespace hopper_attention {
+
+template <class Traits, class Output>
+CUTE_DEVICE void store_output(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                              Output const& rO, WorkTile tile, int first_row, int consumer,
+                              int thread) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  constexpr int kSize = decltype(size(rO))::value;
+  Tensor rO16 = make_tensor<Element>(rO.layout());
+  cutlass::NumericArrayConverter<Element, float, kSize> convert;
+  *reinterpret_cast<cutlass::Array<Element, kSize>*>(rO16.data()) =
+      convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(rO.data()));
+
+  const bool leader = thread == 0;
+  // The buffer is free when the last tile's O has left it (and, where O lies on Q, when every warp
+  // has multiplied with Q for the last time).
+  if (leader) tma_store_wait<0>();
+  sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+  Element* buffer = shared.o(consumer);
+  Tensor sO = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutO{});
+  auto copy_o = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
+  auto thread_copy = copy_o.get_thread_slice(thread);
+  copy(copy_o, thread_copy.retile_S(rO16), thread_copy.partition_D(sO));
+  tma_store_fence();  // what TMA reads was written by ordinary stores
+  sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+  if (!leader) return;
+  CUTE_UNROLL
+  for (int column = 0; column < Traits::kHeadDimV; column += Traits::kSlabV) {
+    SM90_TMA_STORE_4D::copy(&params.out, buffer + column * kConsumerRows, column, first_row,
+                            tile.head, tile.batch);
+  }
+  tma_store_arrive();
+  if constexpr (Traits::kOverlayO) {
+    tma_store_wait<0>();  // read, not yet written: Q may come
+    shared.barriers.q_empty[consumer].arrive();
+  }
+}
+
+CUTE_DEVICE void store_lse(ForwardParams const& params, float const (&lse)[kRowsPerThread],
+                                  WorkTile tile, int first_row, int thread) {
+  if (params.lse == nullptr || thread % 4 != 0) return;
+  const int seqlen_q = params.mask.seqlen_q;
+  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  float* head = params.lse + (static_cast<std::int64_t>(tile.batch) * params.order.heads + tile.head) *
+                                 seqlen_q;
+  CUTE_UNROLL
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    if (row + 8 * r < seqlen_q) head[row + 8 * r] = lse[r];
+  }
+}
+
+}  // namespace hopper_attention

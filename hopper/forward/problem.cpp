@@ -1,0 +1,157 @@
+#include "forward/problem.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+#include <cstdint>
+
+namespace hopper_attention {
+namespace {
+
+constexpr float kLog2E = 1.442695040888963407f;
+
+std::string show(const char* name, long long value) {
+  return std::string(name) + " is " + std::to_string(value);
+}
+
+struct Field {
+  const char* name;
+  long long value;
+  long long low;
+  long long high;
+};
+
+struct TensorField {
+  const char* name;
+  const void* data;
+  struct {
+    const char* name;
+    std::int64_t stride;
+    int size;
+  } dims[3];
+};
+
+Status check_tensor(const TensorField& tensor) {
+  if (tensor.data == nullptr) return Status::invalid(std::string(tensor.name) + " is null");
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % 16 != 0) {
+    return Status::invalid(std::string(tensor.name) + " is not aligned to 16 bytes");
+  }
+  for (const auto& dim : tensor.dims) {
+    const bool used = dim.size > 1;  // the stride of a dimension of size 1 is never taken
+    if (used && (dim.stride % 8 != 0 || dim.stride < 0 || dim.stride >= (1ll << 39))) {
+      return Status::invalid(show((std::string(tensor.name) + "_stride_" + dim.name).c_str(),
+                                  dim.stride) +
+                             "; allowed are multiples of 8 elements (16 bytes) from 0 to 2^39");
+    }
+  }
+  return {};
+}
+
+}  // namespace
+
+Status check_forward_shape(const hopper_attention_forward_args& args) {
+  const Field fields[] = {{"dtype", args.dtype, 0, 1},
+                          {"batch", args.batch, 0, INT_MAX},
+                          {"seqlen_q", args.seqlen_q, 0, kMaxLength},
+                          {"seqlen_k", args.seqlen_k, 0, kMaxLength},
+                          {"heads", args.heads, 0, INT_MAX},
+                          {"heads_kv", args.heads_kv, 0, INT_MAX},
+                          {"head_dim", args.head_dim, 8, 256},
+                          {"head_dim_v", args.head_dim_v, 8, 256},
+                          {"window_left", args.window_left, -1, INT_MAX},
+                          {"window_right", args.window_right, -1, INT_MAX},
+                          {"sm_margin", args.sm_margin, 0, INT_MAX}};
+  for (const Field& field : fields) {
+    if (field.value < field.low || field.value > field.high) {
+      return Status::invalid(show(field.name, field.value) + "; allowed are " +
+                             std::to_string(field.low) + " to " + std::to_string(field.high));
+    }
+  }
+  if (args.heads > 0 && (args.heads_kv == 0 || args.heads % args.heads_kv != 0)) {
+    return Status::invalid(show("heads_kv", args.heads_kv) + ", which does not divide " +
+                           show("heads", args.heads));
+  }
+  if (args.head_dim % 8 != 0 || args.head_dim_v % 8 != 0) {
+    return Status::invalid(show("head_dim", args.head_dim) + " and " +
+                           show("head_dim_v", args.head_dim_v) + "; allowed are multiples of 8");
+  }
+  if (args.head_dim_v != args.head_dim && (args.head_dim > 192 || args.head_dim_v > 128)) {
+    return {HOPPER_ATTENTION_NOT_SUPPORTED,
+            show("head_dim", args.head_dim) + " with " + show("head_dim_v", args.head_dim_v) +
+                "; head_dim_v may differ from head_dim where it is at most 128 and head_dim at "
+                "most 192"};
+  }
+  if (!std::isfinite(args.softmax_scale)) return Status::invalid("softmax_scale is not finite");
+  if (!std::isfinite(args.softcap) || args.softcap < 0.0f) {
+    return Status::invalid("softcap is " + std::to_string(args.softcap) +
+                           "; allowed are 0 (off) and positive numbers");
+  }
+  return {};
+}
+
+Status check_forward_tensors(const hopper_attention_forward_args& a) {
+  const TensorField tensors[] = {{"q",
+                                  a.q,
+                                  {{"batch", a.q_stride_batch, a.batch},
+                                   {"seq", a.q_stride_seq, a.seqlen_q},
+                                   {"head", a.q_stride_head, a.heads}}},
+                                 {"out",
+                                  a.out,
+                                  {{"batch", a.out_stride_batch, a.batch},
+                                   {"seq", a.out_stride_seq, a.seqlen_q},
+                                   {"head", a.out_stride_head, a.heads}}},
+                                 {"k",
+                                  a.k,
+                                  {{"batch", a.k_stride_batch, a.batch},
+                                   {"seq", a.k_stride_seq, a.seqlen_k},
+                                   {"head", a.k_stride_head, a.heads_kv}}},
+                                 {"v",
+                                  a.v,
+                                  {{"batch", a.v_stride_batch, a.batch},
+                                   {"seq", a.v_stride_seq, a.seqlen_k},
+                                   {"head", a.v_stride_head, a.heads_kv}}}};
+  for (const TensorField& tensor : tensors) {
+    const bool keys = tensor.name[0] == 'k' || tensor.name[0] == 'v';
+    if (keys && a.seqlen_k == 0) continue;  // never read
+    if (Status status = check_tensor(tensor); !status.ok()) return status;
+  }
+  if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % 4 != 0) {
+    return Status::invalid("workspace is null or not aligned to 4 bytes");
+  }
+  return {};
+}
+
+Status plan_forward(const hopper_attention_forward_args& args, int num_sms, ForwardPlan* plan) {
+  plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
+                         args.window_right);
+  // The kernel takes maxima of raw scores, so a scale that is not positive is applied before.
+  plan->transform_scores = args.softcap > 0.0f || args.softmax_scale <= 0.0f;
+  plan->cap = args.softcap;
+  plan->inner_scale =
+      args.softcap > 0.0f ? args.softmax_scale / args.softcap : args.softmax_scale;
+  plan->scale_log2 = plan->transform_scores ? kLog2E : args.softmax_scale * kLog2E;
+
+  const HeadDims dims = tile_head_dims(args.head_dim, args.head_dim_v);
+  const bool full = plan->mask.full() && !plan->transform_scores;
+  plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
+               full ? MaskKind::kFull : MaskKind::kMasked};
+  plan->config = make_forward_config(plan->key);
+
+  const std::int64_t m_blocks = (static_cast<std::int64_t>(args.seqlen_q) + plan->config.tile_m() - 1) /
+                                plan->config.tile_m();
+  const double tiles = static_cast<double>(m_blocks) * args.heads * args.batch;
+  if (tiles >= static_cast<double>(INT_MAX) - (1 << 20)) {
+    return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
+                           std::to_string(plan->config.tile_m()) + " rows");
+  }
+  const std::int64_t kv_bytes = static_cast<std::int64_t>(args.seqlen_k) *
+                                (args.head_dim + args.head_dim_v) * 2;
+  const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
+  plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->config.tile_m(), !full,
+                                kv_bytes, heads_per_kv);
+  const int blocks = std::max(1, num_sms - args.sm_margin);
+  plan->grid = std::min(blocks, plan->order.num_tiles());
+  return {};
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,97 @@
+// Online softmax of one consumer's score tile, two rows a thread.
+//
+// A thread's accumulator of a kConsumerRows x N tile: element i lies in its row (i / 2) % 2 (rows
+// lane / 4 and lane / 4 + 8 of the warp's 16) and in column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
+#pragma once
+
+#include <cute/tensor.hpp>
+
+namespace hopper_attention {
+
+inline constexpr int kRowsPerThread = 2;
+
+CUTE_HOST_DEVICE constexpr int fragment_row(int i) { return i / 2 % 2; }
+CUTE_HOST_DEVICE constexpr int fragment_column(int i) { return 8 * (i / 4) + i % 2; }
+// The j-th element of a row.
+CUTE_HOST_DEVICE constexpr int fragment_index(int row, int j) { return j / 2 * 4 + row * 2 + j % 2; }
+
+// The rest of a row lies in the other three lanes of a quad.
+template <class Op>
+CUTE_DEVICE float quad_reduce(float value, Op op) {
+  value = op(value, __shfl_xor_sync(0xffffffff, value, 2));
+  return op(value, __shfl_xor_sync(0xffffffff, value, 1));
+}
+
+struct Softmax {
+  float scale_log2;
+  float reference[kRowsPerThread] = {-INFINITY, -INFINITY};  // the running maximum, in scores
+  float sum[kRowsPerThread] = {0.0f, 0.0f};                  // this thread's part of the row sum
+  float shift[kRowsPerThread] = {};                          // reference * scale_log2
+  float alpha[kRowsPerThread] = {};                          // what O is to be multiplied by
+
+  // The maximum of this thread's part of a row.
+  template <class Scores>
+  CUTE_DEVICE static float thread_max(Scores const& s, int row) {
+    float result = s(fragment_index(row, 0));
+    CUTE_UNROLL
+    for (int j = 1; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
+      result = fmaxf(result, s(fragment_index(row, j)));
+    }
+    return result;
+  }
+
+  // Takes a block's maximum of a row in, of which a thread has a part: the row's sum is rescaled
+  // here, O is owed alpha. The reference always follows the maximum: if it lagged a little, O would
+  // seldom need rescaling, but the largest P would not be exactly 1, and its rounding would raise
+  // the error of rows with one dominant key by 9 to 22%.
+  // kMayBeEmpty: the row may have seen no key so far. All its scores are -inf then, and stay so
+  // whatever finite number is subtracted.
+  template <bool kMayBeEmpty>
+  CUTE_DEVICE void take_maximum(float part, int row) {
+    const float previous = reference[row];
+    const float block_max = quad_reduce(part, [](float a, float b) { return fmaxf(a, b); });
+    reference[row] = fmaxf(previous, block_max);
+    shift[row] = reference[row] * scale_log2;
+    if (kMayBeEmpty && reference[row] == -INFINITY) shift[row] = 0.0f;
+    alpha[row] = exp2f(fmaf(previous, scale_log2, -shift[row]));
+    sum[row] *= alpha[row];
+  }
+
+  // S -> P = exp2(scale_log2 * (S - reference)) in place for one row, and P's sum.
+  template <class Scores>
+  CUTE_DEVICE void exponentiate(Scores& s, int row) {
+    CUTE_UNROLL
+    for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
+      const int i = fragment_index(row, j);
+      s(i) = exp2f(fmaf(s(i), scale_log2, -shift[row]));
+      sum[row] += s(i);
+    }
+  }
+
+  // Whether some row of this warp moved its reference: else alpha is 1 for all of them.
+  CUTE_DEVICE bool owes_rescale() const {
+    return __any_sync(0xffffffff, alpha[0] != 1.0f || alpha[1] != 1.0f);
+  }
+
+  template <class Output>
+  CUTE_DEVICE void rescale(Output& o) const {
+    CUTE_UNROLL
+    for (int i = 0; i < decltype(cute::size(o))::value; ++i) o(i) *= alpha[fragment_row(i)];
+  }
+
+  // Divides O by the row sums and returns each row's log-sum-exp; a row without keys gets 0, -inf.
+  template <class Output>
+  CUTE_DEVICE void finish(Output& o, float (&lse)[kRowsPerThread]) {
+    CUTE_UNROLL
+    for (int row = 0; row < kRowsPerThread; ++row) {
+      const float total = quad_reduce(sum[row], [](float a, float b) { return a + b; });
+      alpha[row] = total == 0.0f ? 0.0f : 1.0f / total;
+      lse[row] = total == 0.0f
+                     ? -INFINITY
+                     : (reference[row] * scale_log2 + log2f(total)) * 0.693147180559945309f;
+    }
+    rescale(o);
+  }
+};
+
+}  // namespace hopper_attention

@@ -1,0 +1,89 @@
+// Everything that a config settles at compile time: layouts, MMA atoms, shared storage.
+#pragma once
+
+#include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
+
+#include "common/barriers.cuh"
+#include "hopper_attention/budget.h"
+
+namespace hopper_attention {
+
+// Instance is a struct with `static constexpr ForwardConfig kConfig`.
+template <class Instance>
+struct ForwardTraits {
+  static constexpr ForwardConfig kConfig = Instance::kConfig;
+  static_assert(config_error(kConfig) == nullptr, "a config that cannot be built");
+
+  using Element = cute::conditional_t<kConfig.key.dtype == Dtype::kFloat16, cute::half_t,
+                                      cute::bfloat16_t>;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kHeadDim = kConfig.key.head_dim;
+  static constexpr int kHeadDimV = kConfig.key.head_dim_v;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kOverlayO = o_overlays_q(kConfig);
+  static constexpr int kThreads = num_threads(kConfig);
+  static constexpr int kSlab = slab_columns(kHeadDim);
+  static constexpr int kSlabV = slab_columns(kHeadDimV);
+
+  using M = cute::Int<kConsumerRows>;
+  using N = cute::Int<kTileN>;
+  using D = cute::Int<kHeadDim>;
+  using Dv = cute::Int<kHeadDimV>;
+
+  // Slabs of `columns` head dimensions, swizzled, one after the other: what TMA's boxes write.
+  template <int columns>
+  using AtomK = cute::conditional_t<columns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                                    cute::GMMA::Layout_K_SW64_Atom<Element>>;
+  template <int columns>
+  using AtomMN = cute::conditional_t<columns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+                                     cute::GMMA::Layout_MN_SW64_Atom<Element>>;
+  using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D>{}));
+  using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlab>{},
+                                               cute::Shape<N, D, cute::Int<kStages>>{}));
+  // V lies as (tokens, head_dim_v) in memory; the second product reads it as its transpose.
+  using LayoutVt = decltype(cute::tile_to_shape(
+      AtomMN<kSlabV>{}, cute::Shape<Dv, N, cute::Int<kStages>>{},
+      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutO = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv>{}));
+
+  using MmaQK = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<M, N, D>>()));
+  using MmaPV = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<M, Dv, N>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>()));
+
+  static constexpr int kQElements = kConsumerRows * kHeadDim;   // one consumer's
+  static constexpr int kOElements = kConsumerRows * kHeadDimV;  // one consumer's
+  static constexpr int kKElements = kTileN * kHeadDim;          // one stage's
+  static constexpr int kVElements = kTileN * kHeadDimV;
+
+  struct Barriers {
+    FullBarrier q_full[kConsumers];
+    FullBarrier k_full[kStages];
+    FullBarrier v_full[kStages];
+    EmptyBarrier q_empty[kConsumers];
+    EmptyBarrier k_empty[kStages];
+    EmptyBarrier v_empty[kStages];
+    EmptyBarrier tile_full[kTileSlots];
+    EmptyBarrier tile_empty[kTileSlots];
+    int tile_idx[kTileSlots];
+  };
+
+  struct alignas(kSharedAlignment) SharedStorage {
+    Element k[kStages][kKElements];
+    Element v[kStages][kVElements];
+    Element q[kConsumers][kQElements];
+    Element o_tail[kOverlayO ? 8 : kConsumers * kOElements];
+    Barriers barriers;
+
+    CUTE_DEVICE Element* o(int consumer) {
+      return kOverlayO ? q[consumer] : o_tail + consumer * kOElements;
+    }
+  };
+  static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget.h counts every byte");
+};
+
+}  // namespace hopper_attention

@@ -1,0 +1,103 @@
+// The C interface of libhopper_attention: plain structs, void pointers, status codes.
+//
+// Rules that hold for every entry point:
+// - The caller allocates everything; the library never allocates device memory and never synchronises.
+// - Strides are in elements, 64 bits wide; the innermost (head dimension) stride is always 1.
+// - A null pointer means "absent" where a field says it may be null, and is an error elsewhere.
+// - struct_size is the caller's sizeof(struct): an older caller keeps working with a newer library.
+// - No exception crosses the interface. On failure hopper_attention_last_error() holds a sentence
+//   that names the field, its value and what is allowed; it is thread-local.
+// - Work is enqueued on the given stream of the calling thread's current CUDA device.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define HOPPER_ATTENTION_API __attribute__((visibility("default")))
+#else
+#define HOPPER_ATTENTION_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum hopper_attention_status {
+  HOPPER_ATTENTION_OK = 0,
+  HOPPER_ATTENTION_INVALID_ARGUMENT = 1,  // a field's value is wrong; the message says which
+  HOPPER_ATTENTION_NOT_SUPPORTED = 2,     // a valid request that this library has no kernel for
+  HOPPER_ATTENTION_NOT_COMPILED = 3,      // the instance exists but this build left it out
+  HOPPER_ATTENTION_WRONG_DEVICE = 4,      // no CUDA device, no driver, or not compute capability 9.0
+  HOPPER_ATTENTION_CUDA_ERROR = 5         // CUDA refused; the message carries its words
+} hopper_attention_status;
+
+typedef enum hopper_attention_dtype {
+  HOPPER_ATTENTION_FLOAT16 = 0,
+  HOPPER_ATTENTION_BFLOAT16 = 1
+} hopper_attention_dtype;
+
+// Dense forward attention: O = softmax(scale * Q K^T + mask) V, one sequence length for the batch.
+typedef struct hopper_attention_forward_args {
+  uint64_t struct_size;  // sizeof(hopper_attention_forward_args)
+
+  const void* q;  // (batch, seqlen_q, heads, head_dim), 16-byte aligned
+  const void* k;  // (batch, seqlen_k, heads_kv, head_dim), 16-byte aligned
+  const void* v;  // (batch, seqlen_k, heads_kv, head_dim_v), 16-byte aligned
+  void* out;      // (batch, seqlen_q, heads, head_dim_v), 16-byte aligned, written whole
+  float* lse;     // (batch, heads, seqlen_q) contiguous, natural logarithm; may be null
+
+  // Element strides of batch, sequence and head; multiples of 8 (16 bytes, TMA's granule) or 0.
+  int64_t q_stride_batch, q_stride_seq, q_stride_head;
+  int64_t k_stride_batch, k_stride_seq, k_stride_head;
+  int64_t v_stride_batch, v_stride_seq, v_stride_head;
+  int64_t out_stride_batch, out_stride_seq, out_stride_head;
+
+  int32_t dtype;  // hopper_attention_dtype of q, k, v and out
+  int32_t batch;
+  int32_t seqlen_q;
+  int32_t seqlen_k;
+  int32_t heads;
+  int32_t heads_kv;    // divides heads
+  int32_t head_dim;    // multiple of 8, 8 to 256
+  int32_t head_dim_v;  // head_dim, or at most 128 where head_dim is at most 192
+
+  float softmax_scale;  // finite
+  float softcap;        // 0 is off; else scores become softcap * tanh(score / softcap)
+  // Query row i (aligned bottom right: i + seqlen_k - seqlen_q) sees keys from i - window_left to
+  // i + window_right; -1 is unbounded. causal is window_right = 0.
+  int32_t causal;
+  int32_t window_left;
+  int32_t window_right;
+
+  int32_t sm_margin;  // multiprocessors to leave free, 0 or more
+
+  // hopper_attention_forward_workspace_bytes() of device memory, zero before its first use; each
+  // call leaves it zero again. Calls that may run at the same time need one each.
+  void* workspace;
+  void* stream;  // cudaStream_t; null is the default stream
+} hopper_attention_forward_args;
+
+// Enqueues the kernel. HOPPER_ATTENTION_OK does not mean that it has run.
+HOPPER_ATTENTION_API hopper_attention_status
+hopper_attention_forward(const hopper_attention_forward_args* args);
+
+// Bytes of workspace a forward call needs; the same for every call.
+HOPPER_ATTENTION_API size_t hopper_attention_forward_workspace_bytes(void);
+
+// Writes a JSON object that names the instance, tile, grid and reason for the call that args
+// describes, into buffer (NUL-terminated, cut at capacity). Pointers in args are not read and may be
+// null. Works without a device (num_sms is then 132, an H100 SXM's or H200's).
+HOPPER_ATTENTION_API hopper_attention_status hopper_attention_explain_forward(
+    const hopper_attention_forward_args* args, char* buffer, size_t capacity);
+
+// The sentence for this thread's last failure; empty when there was none.
+HOPPER_ATTENTION_API const char* hopper_attention_last_error(void);
+
+// "0.1.0", and the names of the compiled instances separated by newlines.
+HOPPER_ATTENTION_API const char* hopper_attention_version(void);
+HOPPER_ATTENTION_API const char* hopper_attention_instances(void);
+
+#ifdef __cplusplus
+}
+#endif

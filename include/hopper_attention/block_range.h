@@ -1,0 +1,32 @@
+// Which key blocks a block of queries visits, and which of them need a mask.
+#pragma once
+
+#include "hopper_attention/mask.h"
+
+namespace hopper_attention {
+
+struct BlockRange {
+  int begin;
+  int end;  // begin >= end: no key is seen
+  HOPPER_ATTENTION_HD constexpr bool empty() const { return begin >= end; }
+};
+
+// Key blocks of tile_n keys that any query row in [row_begin, row_end) sees.
+HOPPER_ATTENTION_HD constexpr BlockRange key_blocks(const Mask& mask, int row_begin, int row_end,
+                                                    int tile_n) {
+  const int first = mask.first_key(row_begin);
+  const int last = mask.end_key(row_end - 1);  // limits rise with the row
+  if (last <= first) return {0, 0};
+  return {first / tile_n, (last + tile_n - 1) / tile_n};
+}
+
+// Key blocks of which every row in [row_begin, row_end) sees the whole; the others need a mask.
+HOPPER_ATTENTION_HD constexpr BlockRange plain_blocks(const Mask& mask, int row_begin, int row_end,
+                                                      int tile_n) {
+  const int first = mask.first_key(row_end - 1);  // limits rise with the row
+  const int last = mask.end_key(row_begin);
+  const BlockRange blocks{(first + tile_n - 1) / tile_n, last / tile_n};
+  return blocks.empty() ? BlockRange{0, 0} : blocks;
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,106 @@
+// The Python module _C: the C interface with integers for pointers. It knows neither torch nor CUDA.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "hopper_attention/abi.h"
+
+
+
+namespace py = pybind11;
+
+namespace {
+
+using Pointer = std::uintptr_t;
+using Strides = std::array<std::int64_t, 3>;  // elements: batch, sequence, head
+
+void raise_on_failure(hopper_attention_status status) {
+  if (status == HOPPER_ATTENTION_OK) return;
+  const std::string message = hopper_attention_last_error();
+  if (status == HOPPER_ATTENTION_INVALID_ARGUMENT) throw py::value_error(message);
+  if (status == HOPPER_ATTENTION_NOT_SUPPORTED) {
+    PyErr_SetString(PyExc_NotImplementedError, message.c_str());
+    throw py::error_already_set();
+  }
+  throw std::runtime_error(message);
+}
+
+hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int seqlen_k, int heads,
+                                       int heads_kv, int head_dim, int head_dim_v,
+                                       const Strides& q, const Strides& k, const Strides& v,
+                                       const Strides& out, float softmax_scale, float softcap,
+                                       bool causal, int window_left, int window_right,
+                                       int sm_margin) {
+  hopper_attention_forward_args args{};
+  args.struct_size = sizeof(args);
+  args.q_stride_batch = q[0], args.q_stride_seq = q[1], args.q_stride_head = q[2];
+  args.k_stride_batch = k[0], args.k_stride_seq = k[1], args.k_stride_head = k[2];
+  args.v_stride_batch = v[0], args.v_stride_seq = v[1], args.v_stride_head = v[2];
+  args.out_stride_batch = out[0], args.out_stride_seq = out[1], args.out_stride_head = out[2];
+  args.dtype = dtype;
+  args.batch = batch;
+  args.seqlen_q = seqlen_q;
+  args.seqlen_k = seqlen_k;
+  args.heads = heads;
+  args.heads_kv = heads_kv;
+  args.head_dim = head_dim;
+  args.head_dim_v = head_dim_v;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.sm_margin = sm_margin;
+  return args;
+}
+
+template <class... Shape>
+void forward(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
+             Pointer stream, Shape... shape) {
+  hopper_attention_forward_args args = describe(shape...);
+  args.q = reinterpret_cast<const void*>(q);
+  args.k = reinterpret_cast<const void*>(k);
+  args.v = reinterpret_cast<const void*>(v);
+  args.out = reinterpret_cast<void*>(out);
+  args.lse = reinterpret_cast<float*>(lse);
+  args.workspace = reinterpret_cast<void*>(workspace);
+  args.stream = reinterpret_cast<void*>(stream);
+  raise_on_failure(hopper_attention_forward(&args));
+}
+
+template <class... Shape>
+std::string explain_forward(Shape... shape) {
+  const hopper_attention_forward_args args = describe(shape...);
+  char buffer[2048];
+  raise_on_failure(hopper_attention_explain_forward(&args, buffer, sizeof(buffer)));
+  return buffer;
+}
+
+// Binds both functions with the parameters of `describe`, which is the one place that lists them.
+template <class... Shape>
+void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
+  module.def("forward", &forward<Shape...>, "Enqueue the forward kernel; see abi.h.");
+  module.def("explain_forward", &explain_forward<Shape...>, "JSON: how a call would run.");
+}
+
+std::vector<std::string> instances() {
+  std::istringstream lines(hopper_attention_instances());
+  std::vector<std::string> names;
+  for (std::string line; std::getline(lines, line);) names.push_back(line);
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The C interface of libhopper_attention, with integers for pointers.";
+  bind(module, &describe);
+  module.def("workspace_bytes", &hopper_attention_forward_workspace_bytes);
+  module.def("version", &hopper_attention_version);
+  module.def("instances", &instances);
+}

@@ -1,0 +1,104 @@
+"""`explain`: which kernel a call would run, and why."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from . import _library, checks, ops
+from ._layout import copy_reason, planned_strides
+from .interface import flash_attn_func, normalise
+
+_SIGNATURE = inspect.signature(flash_attn_func)
+_WITHOUT_EFFECT = ("deterministic", "return_attn_probs")  # on which kernel runs
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call of `flash_attn_func` would run.
+
+    Attributes:
+        instance: the kernel's name, a row of hopper/forward/instances.def.
+        dtype: float16 or bfloat16.
+        mask: "full", or "masked" where a mask, a soft cap or a scale that is not positive asks for
+            the general kernel.
+        tile_m: query rows a block works on.
+        tile_n: keys a step.
+        stages: buffers of K, and as many of V.
+        num_consumers: warpgroups that multiply.
+        head_dim_tile: the head dimension of Q and K that the kernel is compiled for.
+        head_dim_v_tile: that of V.
+        smem_bytes: shared memory of a block.
+        grid: blocks launched.
+        num_tiles: tiles of the output that they share.
+        scheduler: "static" or "dynamic".
+        compiled: whether this build holds the instance.
+        reason: why this tile.
+        copies: for each tensor that has to be copied first, its name and why.
+    """
+
+    instance: str
+    dtype: str
+    mask: str
+    tile_m: int
+    tile_n: int
+    stages: int
+    num_consumers: int
+    head_dim_tile: int
+    head_dim_v_tile: int
+    smem_bytes: int
+    grid: int
+    num_tiles: int
+    scheduler: str
+    compiled: bool
+    reason: str
+    copies: tuple[str, ...]
+
+    def __str__(self) -> str:
+        width = max(len(field.name) for field in fields(self))
+        lines = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name == "copies":
+                value = "; ".join(value) or "none"
+            lines.append(f"{field.name:<{width}}  {value}")
+        return "\n".join(lines)
+
+
+def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Explanation:
+    """Says which kernel `flash_attn_func` would run with these arguments, without running it.
+
+    Needs the compiled library but no GPU: the tensors may be on any device, "meta" among them.
+
+    Args:
+        q: as in `flash_attn_func`.
+        k: likewise.
+        v: likewise.
+        arguments: any others of `flash_attn_func`, by name.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `flash_attn_func`.
+        RuntimeError: the compiled library is missing.
+    """
+    call = _SIGNATURE.bind(q, k, v, **arguments)
+    call.apply_defaults()
+    for name in _WITHOUT_EFFECT:
+        del call.arguments[name]
+    scalars = normalise(**call.arguments)
+    dims = checks.attention_dims(q, k, v)
+    batch, seqlen_q, seqlen_k, heads, _, head_dim, head_dim_v = dims
+    dtype = checks.kernel_limits(q.dtype, head_dim, head_dim_v)
+    softmax_scale, _, window_left, window_right, softcap, sm_margin = scalars
+    checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
+    checks.lengths(batch, seqlen_q, seqlen_k, heads)
+
+    strides = (planned_strides(q), planned_strides(k), planned_strides(v))
+    request = ops.problem(dtype, dims, strides, scalars)
+    answer = json.loads(_library.load().explain_forward(*request))
+    reasons = {name: copy_reason(tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
+    copies = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    return Explanation(**answer, copies=copies)

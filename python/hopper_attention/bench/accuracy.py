@@ -1,0 +1,171 @@
+"""Checks of timed outputs against attention in float64, on a sample of rows.
+
+A sampled row is computed whole, over every key that it sees; what is sampled is which rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hopper_attention import reference
+from hopper_attention.bench.shapes import Shape
+from hopper_attention.study.inputs import AttentionInputs
+from hopper_attention.study.standard import standard_attention
+
+SAMPLE_ROWS = 64
+SAMPLE_HEADS = 4
+SAMPLE_BATCHES = 2
+
+SAMPLE_NOTE = (
+    f"rmse: against attention in float64, over whole rows: at most {SAMPLE_ROWS} random queries, "
+    f"the first and the last among them, of {SAMPLE_HEADS} random heads of {SAMPLE_BATCHES} random "
+    "sequences, the same for every contestant (suite rmse: over all rows)"
+)
+
+# A contestant's largest error may be twice that of PyTorch in the same precision, plus this.
+ERROR_FACTOR = 2.0
+ERROR_SLACK = 1e-5
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Indices of the rows that are checked, each sorted."""
+
+    batches: list[int]
+    rows: list[int]
+    heads: list[int]
+
+    def take(self, out: Tensor) -> Tensor:
+        """Picks the sample from (batch, seqlen_q, heads, d): (batches, rows, heads, d)."""
+        for dim, indices in enumerate((self.batches, self.rows, self.heads)):
+            out = out.index_select(dim, torch.tensor(indices, device=out.device))
+        return out
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the sample should be.
+
+    Attributes:
+        sample: Which rows.
+        exact: Their values, (batches, rows, heads, head_dim_v) in float64.
+        allowed: The largest error that a contestant may have.
+    """
+
+    sample: Sample
+    exact: Tensor
+    allowed: float
+
+
+@dataclass(frozen=True)
+class Errors:
+    """How far an output is from the exact one."""
+
+    rmse: float
+    largest: float
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over every key in float64."""
+    return reference.attention(q, k, v)[0]
+
+
+def standard(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over every key as PyTorch computes it step by step in the inputs' dtype."""
+    return standard_attention(AttentionInputs(q, k, v, softmax_scale=q.shape[-1] ** -0.5))
+
+
+def draw_sample(shape: Shape, seed: int) -> Sample:
+    """Draws the rows of a shape to check.
+
+    Args:
+        shape: The problem; its rows are there, seqlen_q > 0.
+        seed: Makes the same sample again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def some(total: int, count: int) -> list[int]:
+        return sorted(torch.randperm(total, generator=generator)[:count].tolist())
+
+    rows = set(some(shape.seqlen_q, SAMPLE_ROWS - 2)) | {0, shape.seqlen_q - 1}
+    return Sample(some(shape.batch, SAMPLE_BATCHES), sorted(rows), some(shape.heads, SAMPLE_HEADS))
+
+
+def sampled_attention(
+    attend: Attend, shape: Shape, sample: Sample, q: Tensor, k: Tensor, v: Tensor
+) -> Tensor:
+    """Computes the sample's rows by an implementation without masks.
+
+    Args:
+        attend: Attention of (batch, rows, heads, head_dim) queries over every key that it is given.
+        shape: The problem.
+        sample: The rows.
+        q: (batch, seqlen_q, heads, head_dim)
+        k: (batch, seqlen_k, heads_kv, head_dim)
+        v: (batch, seqlen_k, heads_kv, head_dim_v)
+
+    Returns:
+        (batches, rows, heads, head_dim_v) in the dtype of attend.
+    """
+    group = shape.heads // shape.heads_kv
+    everything = list(range(shape.seqlen_k))
+    keys = Sample(sample.batches, everything, [head // group for head in sample.heads])
+    q, k, v = sample.take(q), keys.take(k), keys.take(v)
+    if shape.mask == "full":
+        return attend(q, k, v)
+    outputs = []
+    for i, row in enumerate(sample.rows):
+        begin, end = shape.visible_keys(row)
+        outputs.append(attend(q[:, i : i + 1], k[:, begin:end], v[:, begin:end]))
+    return torch.cat(outputs, dim=1)
+
+
+def expect(shape: Shape, q: Tensor, k: Tensor, v: Tensor, seed: int = 0) -> Expected:
+    """Computes what a sample of the outputs should be, and how much error is allowed.
+
+    Args:
+        shape: The problem.
+        q: (batch, seqlen_q, heads, head_dim)
+        k: (batch, seqlen_k, heads_kv, head_dim)
+        v: (batch, seqlen_k, heads_kv, head_dim_v)
+        seed: Chooses the rows.
+    """
+    sample = draw_sample(shape, seed)
+
+    truth = sampled_attention(exact, shape, sample, q, k, v)
+    usual = sampled_attention(standard, shape, sample, q, k, v)
+    largest = (usual.double() - truth).abs().max().item()
+    return Expected(sample, truth, ERROR_FACTOR * largest + ERROR_SLACK)
+
+
+def compare(out: Tensor, expected: Expected) -> Errors:
+    """Measures an output's errors on the sample.
+
+    Args:
+        out: (batch, seqlen_q, heads, head_dim_v)
+        expected: What the sample should be.
+
+    Returns:
+        The errors; infinite where the sample holds NaN.
+    """
+    difference = expected.sample.take(out).double() - expected.exact
+    if not difference.isfinite().all():
+        return Errors(math.inf, math.inf)
+    return Errors(difference.square().mean().sqrt().item(), difference.abs().max().item())
+
+
+def wrong(errors: Errors, expected: Expected) -> str | None:
+    """Says what is wrong with an output, or None when its errors are as allowed."""
+    if errors.largest <= expected.allowed:
+        return None
+    return (
+        f"wrong output: error up to {errors.largest:.3g} against float64, "
+        f"allowed is {expected.allowed:.3g} (twice PyTorch's in the same precision)"
+    )

@@ -1,0 +1,256 @@
+"""Attention functions with FlashAttention-3's signatures, defaults and return values."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import checks, ops
+
+# The operator's arguments after q, k and v.
+Scalars = tuple[float, bool, int, int, float, int]
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    qv: torch.Tensor | None = None,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    num_splits: int = 1,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention: softmax(softmax_scale * q k^T + mask) v, exactly, in one kernel.
+
+    Query head i reads key-value head i // (heads / heads_kv). Query row i stands at key position
+    i + seqlen_k - seqlen_q: masks are aligned at the bottom right. A row that sees no key gives 0
+    and a log-sum-exp of -inf.
+
+    Strided tensors are read in place, (b, h, s, d) ones transposed to (b, s, h, d) among them. A
+    tensor is copied first only where its last dimension is not contiguous, or where its address or
+    a stride is not a multiple of 16 bytes; `explain` reports such copies.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU. head_dim is a
+            multiple of 8 up to 256.
+        k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (MHA, GQA, MQA).
+        v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v equals head_dim, or is a multiple of
+            8 up to 128 where head_dim is at most 192.
+        softmax_scale: finite factor of q k^T; None is head_dim ** -0.5.
+        causal: row i sees keys up to its position; overrides window_size[1] by 0.
+        qv: not built yet: None.
+        q_descale: not built yet: None.
+        k_descale: not built yet: None.
+        v_descale: not built yet: None.
+        window_size: (left, right), the keys seen before and after a row's position; -1 or None is
+            unbounded.
+        attention_chunk: not built yet: 0.
+        softcap: where positive, scores become softcap * tanh(scores / softcap).
+        num_splits: over how many blocks the keys of one query are split; 1, or 0 (the library
+            chooses, which is 1 until splitting is built).
+        pack_gqa: a hint of FlashAttention-3's about speed; taken, and without effect.
+        deterministic: the forward pass is always deterministic; taken, and without effect.
+        sm_margin: multiprocessors to leave free for other work.
+        return_attn_probs: also return the log-sum-exp.
+
+    Returns:
+        out, (batch, seqlen_q, heads, head_dim_v), contiguous, in q's dtype; or (out, softmax_lse)
+        where return_attn_probs, softmax_lse (batch, heads, seqlen_q) in float32 with the natural
+        logarithm.
+
+    Raises:
+        ValueError: a shape, device or number is not allowed.
+        TypeError: a type or dtype is not allowed.
+        NotImplementedError: an argument asks for what is not built yet, or a tensor requires grad.
+        RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
+    """
+    scalars = normalise(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        sm_margin,
+    )
+    out, lse = ops.forward(q, k, v, *scalars)
+    return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    q_descale: torch.Tensor | None = None,
+    k_descale: torch.Tensor | None = None,
+    v_descale: torch.Tensor | None = None,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    attention_chunk: int = 0,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    num_heads_q: int | None = None,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`flash_attn_func` of q, k and v that lie in one tensor; they are read from it in place.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, head_dim); or, with num_heads_q given for GQA and MQA,
+            (batch, seqlen, num_heads_q + 2 * heads_kv, head_dim) with q's heads first, then k's,
+            then v's.
+        softmax_scale: as in `flash_attn_func`, and so are the other arguments.
+        causal: likewise.
+        q_descale: not built yet: None.
+        k_descale: not built yet: None.
+        v_descale: not built yet: None.
+        window_size: likewise.
+        attention_chunk: not built yet: 0.
+        softcap: likewise.
+        deterministic: likewise.
+        num_heads_q: heads of q where qkv has 4 dimensions.
+        sm_margin: likewise.
+        return_attn_probs: likewise.
+
+    Returns:
+        As `flash_attn_func`.
+
+    Raises:
+        ValueError: qkv's shape is not allowed, or as `flash_attn_func`.
+        TypeError: as `flash_attn_func`.
+        NotImplementedError: as `flash_attn_func`.
+        RuntimeError: as `flash_attn_func`.
+    """
+    q, k, v = _unpack(qkv, num_heads_q)
+    return flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
+        window_size=window_size,
+        attention_chunk=attention_chunk,
+        softcap=softcap,
+        deterministic=deterministic,
+        sm_margin=sm_margin,
+        return_attn_probs=return_attn_probs,
+    )
+
+
+def normalise(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softmax_scale: Any,
+    causal: Any,
+    qv: Any,
+    q_descale: Any,
+    k_descale: Any,
+    v_descale: Any,
+    window_size: Any,
+    attention_chunk: Any,
+    softcap: Any,
+    num_splits: Any,
+    pack_gqa: Any,
+    sm_margin: Any,
+) -> Scalars:
+    """Checks the types of `flash_attn_func`'s arguments and turns them into the operator's.
+
+    Values and shapes are checked by the operator itself, which can also be called without this.
+
+    Returns:
+        (softmax_scale, causal, window_left, window_right, softcap, sm_margin).
+
+    Raises:
+        TypeError, NotImplementedError: as `flash_attn_func`.
+        ValueError: num_splits is negative.
+    """
+    if not (
+        isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    ):
+        checks.tensors(q=q, k=k, v=v)
+    if qv is not None:
+        _not_built("qv", "None")
+    if q_descale is not None or k_descale is not None or v_descale is not None:
+        given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+        _not_built(next(name for name, value in given.items() if value is not None), "None")
+    if attention_chunk != 0:
+        _not_built("attention_chunk", "0", attention_chunk)
+    if num_splits != 1 and num_splits != 0:
+        if checks.integer("num_splits", num_splits) < 0:
+            raise ValueError(f"num_splits must be 0 or more, got {num_splits}")
+        _not_built("num_splits", "1, or 0 (the library chooses)", num_splits)
+    if pack_gqa is not None:
+        checks.flag("pack_gqa", pack_gqa)
+    if torch.compiler.is_compiling():  # the operator checks it too, where torch.compile hides it
+        checks.no_backward(q, k, v)
+
+    if softmax_scale is None:
+        softmax_scale = checks.default_scale(q)
+    elif type(softmax_scale) is not float:
+        softmax_scale = checks.real("softmax_scale", softmax_scale)
+    if causal is not True and causal is not False:
+        causal = checks.flag("causal", causal)
+    if type(softcap) is not float:
+        softcap = checks.real("softcap", softcap)
+    if type(sm_margin) is not int:
+        sm_margin = checks.integer("sm_margin", sm_margin)
+    window_left, window_right = checks.window(window_size)
+    return softmax_scale, causal, window_left, window_right, softcap, sm_margin
+
+
+def _unpack(
+    qkv: torch.Tensor, num_heads_q: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    checks.tensors(qkv=qkv)
+    if num_heads_q is not None:
+        num_heads_q = checks.integer("num_heads_q", num_heads_q)
+    if qkv.dim() == 5 and qkv.shape[2] == 3:
+        if num_heads_q is not None and num_heads_q != qkv.shape[3]:
+            raise ValueError(
+                f"num_heads_q must be None or qkv's {qkv.shape[3]} heads where qkv has 5 "
+                f"dimensions, got {num_heads_q}"
+            )
+        q, k, v = qkv.unbind(dim=2)
+        return q, k, v
+    if qkv.dim() != 4:
+        raise ValueError(
+            "qkv must be (batch, seqlen, 3, heads, head_dim), or (batch, seqlen, num_heads_q + "
+            f"2 * heads_kv, head_dim) with num_heads_q, got shape {tuple(qkv.shape)}"
+        )
+    if num_heads_q is None:
+        raise ValueError("num_heads_q must be given where qkv has 4 dimensions, got None")
+    heads_kv, rest = divmod(qkv.shape[2] - num_heads_q, 2)
+    if num_heads_q < 0 or heads_kv < 0 or rest:
+        raise ValueError(
+            "num_heads_q must leave an even number of heads for k and v, got "
+            f"{num_heads_q} of qkv's {qkv.shape[2]} heads"
+        )
+    q, k, v = qkv.split([num_heads_q, heads_kv, heads_kv], dim=2)
+    return q, k, v
+
+
+def _not_built(name: str, allowed: str, value: Any = None) -> None:
+    got = "" if value is None else f", got {value!r}"
+    raise NotImplementedError(f"{name} is not built yet: it must be {allowed}{got}")

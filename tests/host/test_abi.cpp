@@ -1,0 +1,90 @@
+// The compiled library through its C interface, on a machine that shows no device: what it says,
+// and that nothing worse than a status code comes of bad arguments.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "check.h"
+#include "hopper_attention/abi.h"
+
+namespace {
+
+struct Call {
+  alignas(16) char memory[64] = {};
+  hopper_attention_forward_args args{};
+
+  Call() {
+    args.struct_size = sizeof(args);
+    args.q = args.k = args.v = args.out = args.workspace = memory;
+    args.dtype = HOPPER_ATTENTION_BFLOAT16;
+    args.batch = args.heads = args.heads_kv = 1;
+    args.seqlen_q = args.seqlen_k = 1;
+    args.head_dim = args.head_dim_v = 128;
+    args.softmax_scale = 1.0f;
+    args.window_left = args.window_right = -1;
+  }
+};
+
+bool mentions(const char* word) {
+  check::context = std::string("\"") + word + "\" in: " + hopper_attention_last_error();
+  return std::strstr(hopper_attention_last_error(), word) != nullptr;
+}
+
+void forward_without_a_device_says_so() {
+  Call call;
+  check::context = "no device";
+  CHECK(hopper_attention_forward(&call.args) == HOPPER_ATTENTION_WRONG_DEVICE);
+  CHECK(mentions("device") || mentions("driver"));
+}
+
+void bad_arguments_are_named() {
+  check::context = "bad arguments";
+  CHECK(hopper_attention_forward(nullptr) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("args is null"));
+  Call call;
+  call.args.head_dim = 12;
+  CHECK(hopper_attention_forward(&call.args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("head_dim is 12"));
+  Call sized;
+  sized.args.struct_size = sizeof(sized.args) + 8;
+  CHECK(hopper_attention_forward(&sized.args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("struct_size"));
+}
+
+void explain_writes_json_and_respects_the_buffer() {
+  Call call;
+  std::string text(2048, '?');
+  check::context = "explain";
+  CHECK(hopper_attention_explain_forward(&call.args, text.data(), text.size()) ==
+        HOPPER_ATTENTION_OK);
+  text.resize(std::strlen(text.c_str()));
+  check::context = text;
+  CHECK(text.size() > 2 && text.front() == '{' && text.back() == '}');
+  CHECK(text.find("\"instance\": \"bf16_d128_full\"") != std::string::npos);
+
+  char small[8];
+  std::memset(small, '#', sizeof(small));
+  CHECK(hopper_attention_explain_forward(&call.args, small, 4) == HOPPER_ATTENTION_OK);
+  CHECK(std::string(small) == text.substr(0, 3));
+  CHECK(small[4] == '#');
+  CHECK(hopper_attention_explain_forward(&call.args, nullptr, 0) ==
+        HOPPER_ATTENTION_INVALID_ARGUMENT);
+}
+
+void it_knows_what_it_is() {
+  check::context = "identity";
+  CHECK(std::string(hopper_attention_version()) == EXPECTED_VERSION);
+  CHECK(std::strlen(hopper_attention_instances()) > 0);
+  CHECK(hopper_attention_forward_workspace_bytes() > 0);
+}
+
+}  // namespace
+
+int main() {
+  setenv("CUDA_VISIBLE_DEVICES", "", 1);  // a device that is there must not be used
+  forward_without_a_device_says_so();
+  bad_arguments_are_named();
+  explain_writes_json_and_respects_the_buffer();
+  it_knows_what_it_is();
+  return check::result();
+}

@@ -1,0 +1,121 @@
+// Every row of instances.def can be built, and every request finds one row.
+#include <set>
+#include <string>
+
+#include "check.h"
+#include "hopper_attention/budget.h"
+#include "instances.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+// "bf16_d192x128_masked" from a key: the name that a row must have.
+std::string expected_name(const ForwardKey& key) {
+  std::string name = key.dtype == Dtype::kBfloat16 ? "bf16_d" : "fp16_d";
+  name += std::to_string(key.head_dim);
+  if (key.head_dim_v != key.head_dim) name += "x" + std::to_string(key.head_dim_v);
+  return name + "_" + name_of(key.mask);
+}
+
+void each_row_is_named_after_its_key_and_fits() {
+  std::set<std::string> names;
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    CHECK(names.insert(row.name).second);
+    CHECK(row.name == expected_name(row.key));
+
+    const ForwardConfig config = make_forward_config(row.key);
+    CHECK(config.key == row.key);
+    const char* error = config_error(config);
+    if (error != nullptr) check::context += std::string(": ") + error;
+    CHECK(error == nullptr);
+    CHECK(config.reason != nullptr && config.reason[0] != '\0');
+    CHECK(row.key.head_dim % slab_columns(row.key.head_dim) == 0);
+    CHECK(row.key.head_dim_v % slab_columns(row.key.head_dim_v) == 0);
+  }
+}
+
+void there_is_one_row_for_each_head_dim_dtype_and_mask() {
+  for (const HeadDims& dims : kForwardHeadDims) {
+    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBfloat16}) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked}) {
+        const ForwardKey key{dtype, dims.qk, dims.v, mask};
+        check::context = expected_name(key);
+        int found = 0;
+        for (const InstanceRow& row : kInstanceRows) found += row.key == key;
+        CHECK(found == 1);
+      }
+    }
+  }
+}
+
+void registers_stay_within_the_file_before_and_after_the_split() {
+  for (int consumers = 1; consumers <= 3; ++consumers) {
+    check::context = std::to_string(consumers) + " consumers";
+    const RegisterSplit split = register_split(consumers);
+    CHECK(split.launch * (consumers + 1) * kWarpgroupThreads <= kRegisterFile);
+    CHECK((split.producer + consumers * split.consumer) * kWarpgroupThreads <= kRegisterFile);
+    for (int count : {split.producer, split.consumer}) {
+      CHECK(count % 8 == 0 && count >= 24 && count <= 256);  // setmaxnreg's limits
+    }
+    CHECK(split.producer <= split.launch && split.launch <= split.consumer);
+  }
+}
+
+// The bytes of Q, the K and V stages and O, counted element by element.
+int tensor_bytes(const ForwardConfig& config) {
+  int elements = 0;
+  for (int row = 0; row < config.num_consumers * 64; ++row) {
+    elements += config.key.head_dim;
+    if (!o_overlays_q(config)) elements += config.key.head_dim_v;
+  }
+  for (int key = 0; key < config.tile_n * config.stages; ++key) {
+    elements += config.key.head_dim + config.key.head_dim_v;
+  }
+  return elements * 2;
+}
+
+void shared_memory_holds_every_tensor_and_barrier() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    const ForwardConfig config = make_forward_config(row.key);
+    CHECK(shared_bytes(config) >= tensor_bytes(config) + barrier_bytes(config));
+    CHECK(shared_bytes(config) < tensor_bytes(config) + barrier_bytes(config) + kSharedAlignment);
+    CHECK(shared_bytes(config) <= 232448);  // a Hopper block's limit
+    // O may overlay Q only where it fits there.
+    if (o_overlays_q(config)) CHECK(o_bytes(config) <= q_bytes(config));
+  }
+}
+
+// The pair with the fewest columns among those that hold the request.
+HeadDims smallest_by_search(int head_dim, int head_dim_v) {
+  HeadDims best{0, 0};
+  for (const HeadDims& dims : kForwardHeadDims) {
+    const bool holds = dims.qk >= head_dim && dims.v >= head_dim_v;
+    if (holds && (best.qk == 0 || dims.qk + dims.v < best.qk + best.v)) best = dims;
+  }
+  return best;
+}
+
+void a_request_runs_in_the_smallest_head_dims_that_hold_it() {
+  for (int head_dim = 8; head_dim <= 264; head_dim += 8) {
+    for (int head_dim_v = 8; head_dim_v <= 264; head_dim_v += 8) {
+      check::context = std::to_string(head_dim) + ", " + std::to_string(head_dim_v);
+      const HeadDims dims = tile_head_dims(head_dim, head_dim_v);
+      const HeadDims expected = smallest_by_search(head_dim, head_dim_v);
+      CHECK(dims.qk == expected.qk && dims.v == expected.v);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  each_row_is_named_after_its_key_and_fits();
+  there_is_one_row_for_each_head_dim_dtype_and_mask();
+  registers_stay_within_the_file_before_and_after_the_split();
+  shared_memory_holds_every_tensor_and_barrier();
+  a_request_runs_in_the_smallest_head_dims_that_hold_it();
+  return check::result();
+}

@@ -1,0 +1,229 @@
+// hopper/forward/problem.cpp: refusals name the field and its value; plans are what was asked.
+#include <climits>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "check.h"
+#include "forward/problem.h"
+#include "hopper_attention/budget.h"
+#include "instances.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+using Args = hopper_attention_forward_args;
+
+Args valid_args() {
+  Args args{};
+  args.struct_size = sizeof(args);
+  args.dtype = HOPPER_ATTENTION_BFLOAT16;
+  args.batch = 2;
+  args.seqlen_q = 300;
+  args.seqlen_k = 500;
+  args.heads = 8;
+  args.heads_kv = 2;
+  args.head_dim = 128;
+  args.head_dim_v = 128;
+  args.softmax_scale = 0.088f;
+  args.window_left = -1;
+  args.window_right = -1;
+  return args;
+}
+
+template <class Change>
+void refuses(const char* text, hopper_attention_status code, Change change) {
+  Args args = valid_args();
+  change(args);
+  const Status status = check_forward_shape(args);
+  check::context = std::string("\"") + text + "\" in: " + status.message;
+  CHECK(status.code == code);
+  CHECK(status.message.find(text) != std::string::npos);
+}
+
+void shapes_are_refused_by_name_and_value() {
+  const auto invalid = HOPPER_ATTENTION_INVALID_ARGUMENT;
+  refuses("dtype is 2", invalid, [](Args& a) { a.dtype = 2; });
+  refuses("dtype is -1", invalid, [](Args& a) { a.dtype = -1; });
+  refuses("batch is -3", invalid, [](Args& a) { a.batch = -3; });
+  refuses("seqlen_q is -1", invalid, [](Args& a) { a.seqlen_q = -1; });
+  refuses("seqlen_k is 1073741824", invalid, [](Args& a) { a.seqlen_k = 1 << 30; });
+  refuses("heads is -8", invalid, [](Args& a) { a.heads = -8; });
+  refuses("heads_kv is 3", invalid, [](Args& a) { a.heads_kv = 3; });
+  refuses("heads_kv is 0", invalid, [](Args& a) { a.heads_kv = 0; });
+  refuses("head_dim is 0", invalid, [](Args& a) { a.head_dim = 0; });
+  refuses("head_dim is 264", invalid, [](Args& a) { a.head_dim = 264; });
+  refuses("head_dim is 100", invalid, [](Args& a) { a.head_dim = a.head_dim_v = 100; });
+  refuses("head_dim_v is 36", invalid, [](Args& a) { a.head_dim_v = 36; });
+  refuses("window_left is -2", invalid, [](Args& a) { a.window_left = -2; });
+  refuses("window_right is -5", invalid, [](Args& a) { a.window_right = -5; });
+  refuses("sm_margin is -1", invalid, [](Args& a) { a.sm_margin = -1; });
+  refuses("softmax_scale", invalid, [](Args& a) { a.softmax_scale = std::nanf(""); });
+  refuses("softmax_scale", invalid, [](Args& a) { a.softmax_scale = -HUGE_VALF; });
+  refuses("softcap is -1", invalid, [](Args& a) { a.softcap = -1.0f; });
+  refuses("softcap", invalid, [](Args& a) { a.softcap = HUGE_VALF; });
+  const auto unsupported = HOPPER_ATTENTION_NOT_SUPPORTED;
+  refuses("head_dim_v is 136", unsupported, [](Args& a) { a.head_dim_v = 136; });
+  refuses("head_dim is 256", unsupported, [](Args& a) { a.head_dim = 256; });
+}
+
+// Every multiple of 8 up to 256, and every mixed pair that abi.h allows, has a row.
+void every_allowed_head_dim_finds_an_instance() {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    for (int head_dim_v = 8; head_dim_v <= 256; head_dim_v += 8) {
+      Args args = valid_args();
+      args.head_dim = head_dim;
+      args.head_dim_v = head_dim_v;
+      check::context = std::to_string(head_dim) + ", " + std::to_string(head_dim_v);
+      const bool allowed = head_dim_v == head_dim || (head_dim <= 192 && head_dim_v <= 128);
+      CHECK(check_forward_shape(args).ok() == allowed);
+      if (!allowed) continue;
+      ForwardPlan plan;
+      CHECK(plan_forward(args, 132, &plan).ok());
+      CHECK(plan.key.head_dim >= head_dim && plan.key.head_dim_v >= head_dim_v);
+      int rows = 0;
+      for (const InstanceRow& row : kInstanceRows) rows += row.key == plan.key;
+      CHECK(rows == 1);
+    }
+  }
+}
+
+// A tensor with room for all strides; its address is only looked at.
+struct Tensors {
+  alignas(16) char q[32], k[32], v[32], out[32], workspace[16];
+};
+
+Args valid_tensors(Tensors& tensors) {
+  Args args = valid_args();
+  args.q = tensors.q;
+  args.k = tensors.k;
+  args.v = tensors.v;
+  args.out = tensors.out;
+  args.workspace = tensors.workspace;
+  args.q_stride_batch = args.out_stride_batch = 300 * 8 * 128;
+  args.q_stride_seq = args.out_stride_seq = 8 * 128;
+  args.k_stride_batch = args.v_stride_batch = 500 * 2 * 128;
+  args.k_stride_seq = args.v_stride_seq = 2 * 128;
+  args.q_stride_head = args.k_stride_head = args.v_stride_head = args.out_stride_head = 128;
+  return args;
+}
+
+template <class Change>
+void refuses_tensor(const char* text, Change change) {
+  Tensors tensors;
+  Args args = valid_tensors(tensors);
+  check::context = "unchanged";
+  CHECK(check_forward_tensors(args).ok());
+  change(args);
+  const Status status = check_forward_tensors(args);
+  check::context = std::string("\"") + text + "\" in: " + status.message;
+  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(status.message.find(text) != std::string::npos);
+}
+
+void tensors_are_refused_by_name() {
+  refuses_tensor("q is null", [](Args& a) { a.q = nullptr; });
+  refuses_tensor("k is null", [](Args& a) { a.k = nullptr; });
+  refuses_tensor("v is null", [](Args& a) { a.v = nullptr; });
+  refuses_tensor("out is null", [](Args& a) { a.out = nullptr; });
+  refuses_tensor("workspace is null", [](Args& a) { a.workspace = nullptr; });
+  refuses_tensor("v is not aligned", [](Args& a) { a.v = static_cast<const char*>(a.v) + 8; });
+  refuses_tensor("q_stride_seq is 1028", [](Args& a) { a.q_stride_seq = 1028; });
+  refuses_tensor("k_stride_head is -128", [](Args& a) { a.k_stride_head = -128; });
+  refuses_tensor("out_stride_batch", [](Args& a) { a.out_stride_batch = std::int64_t{1} << 40; });
+}
+
+void what_is_never_read_is_not_checked() {
+  Tensors tensors;
+  Args args = valid_tensors(tensors);
+  args.seqlen_k = 0;
+  args.k = args.v = nullptr;
+  check::context = "no keys";
+  CHECK(check_forward_tensors(args).ok());
+  args = valid_tensors(tensors);
+  args.batch = 1;
+  args.q_stride_batch = 3;
+  check::context = "the batch stride of one batch";
+  CHECK(check_forward_tensors(args).ok());
+}
+
+ForwardPlan plan_of(const Args& args, int num_sms = 132) {
+  ForwardPlan plan;
+  CHECK(check_forward_shape(args).ok());
+  CHECK(plan_forward(args, num_sms, &plan).ok());
+  return plan;
+}
+
+// P = exp2(scale_log2 * (S - max)) with the transformed S must be exp(scale * score - max).
+void plain_scores_take_the_kernel_without_a_mask() {
+  check::context = "plain";
+  Args args = valid_args();
+  ForwardPlan plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kFull && !plan.transform_scores && !plan.order.longest_first);
+  CHECK(std::fabs(plan.scale_log2 - 0.088f / std::log(2.0f)) < 1e-6f);
+
+  check::context = "causal";
+  args.causal = 1;
+  plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kMasked && !plan.transform_scores && plan.order.longest_first);
+
+  check::context = "softcap";
+  args = valid_args();
+  args.softcap = 20.0f;
+  plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kMasked && plan.transform_scores && plan.cap == 20.0f);
+  CHECK(std::fabs(plan.inner_scale - 0.088f / 20.0f) < 1e-8f);
+  CHECK(std::fabs(plan.scale_log2 - 1.0f / std::log(2.0f)) < 1e-6f);
+
+  for (float scale : {0.0f, -0.5f}) {
+    check::context = "softmax_scale " + std::to_string(scale);
+    args = valid_args();
+    args.softmax_scale = scale;
+    plan = plan_of(args);
+    CHECK(plan.key.mask == MaskKind::kMasked && plan.transform_scores);
+    CHECK(plan.inner_scale == scale && plan.cap == 0.0f);
+  }
+}
+
+void the_grid_is_the_device_less_the_margin_or_the_tiles() {
+  Args args = valid_args();
+  args.seqlen_q = 1 << 15;
+  check::context = "large";
+  CHECK(plan_of(args, 132).grid == 132);
+  CHECK(plan_of(args, 114).grid == 114);
+  args.sm_margin = 32;
+  CHECK(plan_of(args, 132).grid == 100);
+  args.sm_margin = INT_MAX;
+  CHECK(plan_of(args, 132).grid == 1);
+  check::context = "small";
+  args = valid_args();
+  args.batch = args.heads = args.heads_kv = 1;
+  const ForwardPlan plan = plan_of(args, 132);
+  CHECK(plan.grid == plan.order.num_tiles());
+  CHECK(plan.grid == (300 + plan.config.tile_m() - 1) / plan.config.tile_m());
+}
+
+void too_many_tiles_are_refused() {
+  Args args = valid_args();
+  args.seqlen_q = kMaxLength;
+  args.batch = 1 << 16;
+  ForwardPlan plan;
+  const Status status = plan_forward(args, 132, &plan);
+  check::context = status.message;
+  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(status.message.find("seqlen_q") != std::string::npos);
+}
+
+}  // namespace
+
+int main() {
+  shapes_are_refused_by_name_and_value();
+  every_allowed_head_dim_finds_an_instance();
+  tensors_are_refused_by_name();
+  what_is_never_read_is_not_checked();
+  plain_scores_take_the_kernel_without_a_mask();
+  the_grid_is_the_device_less_the_margin_or_the_tiles();
+  too_many_tiles_are_refused();
+  return check::result();
+}

@@ -1,0 +1,116 @@
+// Every tile once, longest first within a group of heads whose K and V fit in L2.
+#include <climits>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "check.h"
+#include "hopper_attention/tile_order.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+std::vector<WorkTile> walk(const TileOrder& order) {
+  std::vector<WorkTile> tiles;
+  for (int work_idx = 0; work_idx < order.num_tiles(); ++work_idx) tiles.push_back(order(work_idx));
+  return tiles;
+}
+
+void every_tile_comes_once(const TileOrder& order) {
+  std::set<std::tuple<int, int, int>> seen;
+  for (const WorkTile& tile : walk(order)) {
+    CHECK(tile.m_block >= 0 && tile.m_block < order.num_m_blocks);
+    CHECK(tile.head >= 0 && tile.head < order.heads);
+    CHECK(tile.batch >= 0 && tile.batch < order.batch);
+    CHECK(seen.insert({tile.m_block, tile.head, tile.batch}).second);
+  }
+  CHECK(static_cast<int>(seen.size()) == order.num_m_blocks * order.heads * order.batch);
+}
+
+// With a mask, later query blocks see more keys. A group ends before the next one begins.
+void groups_come_whole_and_longest_first(const TileOrder& order) {
+  const std::vector<WorkTile> tiles = walk(order);
+  for (std::size_t i = 1; i < tiles.size(); ++i) {
+    const int before = (tiles[i - 1].batch * order.heads + tiles[i - 1].head) / order.group;
+    const int now = (tiles[i].batch * order.heads + tiles[i].head) / order.group;
+    CHECK(now >= before);
+    if (now == before) CHECK(tiles[i].m_block <= tiles[i - 1].m_block);
+  }
+}
+
+// Without one, the blocks of a head follow one another: at most two heads meet in a small window.
+void blocks_of_a_head_follow_one_another(const TileOrder& order) {
+  const std::vector<WorkTile> tiles = walk(order);
+  std::set<std::pair<int, int>> finished;
+  for (std::size_t i = 1; i < tiles.size(); ++i) {
+    const std::pair<int, int> before{tiles[i - 1].batch, tiles[i - 1].head};
+    const std::pair<int, int> now{tiles[i].batch, tiles[i].head};
+    if (now != before) finished.insert(before);
+    CHECK(finished.count(now) == 0);
+  }
+}
+
+void orders_by_brute_force() {
+  for (int m_blocks = 1; m_blocks <= 5; ++m_blocks) {
+    for (int heads = 1; heads <= 6; ++heads) {
+      for (int batch = 1; batch <= 3; ++batch) {
+        for (int group = 1; group <= heads * batch; ++group) {
+          check::context = std::to_string(m_blocks) + " blocks, " + std::to_string(heads) +
+                           " heads, batch " + std::to_string(batch) + ", groups of " +
+                           std::to_string(group);
+          const TileOrder longest_first{m_blocks, heads, batch, group, true};
+          every_tile_comes_once(longest_first);
+          groups_come_whole_and_longest_first(longest_first);
+          const TileOrder in_turn{m_blocks, heads, batch, group, false};
+          every_tile_comes_once(in_turn);
+          blocks_of_a_head_follow_one_another(in_turn);
+        }
+      }
+    }
+  }
+}
+
+void groups_are_few_about_equal_and_fit_in_l2() {
+  for (int seqlen : {1, 128, 1000, 16384, 1 << 20}) {
+    for (int heads_per_kv : {1, 4, 8}) {
+      for (int heads : {8, 32, 128}) {
+        check::context = "seqlen " + std::to_string(seqlen) + ", heads " + std::to_string(heads) +
+                         ", " + std::to_string(heads_per_kv) + " a KV head";
+        const std::int64_t bytes = static_cast<std::int64_t>(seqlen) * 256 * 2;
+        const TileOrder order = make_tile_order(seqlen, heads, 2, 128, true, bytes, heads_per_kv);
+        CHECK(order.num_m_blocks == (seqlen + 127) / 128);
+        CHECK(order.group >= 1 && order.group <= heads * 2);
+        CHECK(order.group % heads_per_kv == 0);
+        const std::int64_t kv_heads = order.group / heads_per_kv;
+        CHECK(kv_heads == 1 || kv_heads * bytes <= kL2GroupBytes);
+        // As few groups as there can be, and none larger than that takes: they are about equal.
+        const int pairs = heads * 2, groups = (pairs + order.group - 1) / order.group;
+        const std::int64_t all_bytes = pairs / heads_per_kv * bytes;
+        const bool alone = bytes * 2 > kL2GroupBytes;
+        const std::int64_t fitting = alone ? 1 : kL2GroupBytes / bytes;
+        CHECK(groups == 1 || (groups - 1) * fitting * bytes < all_bytes);
+        CHECK((order.group - heads_per_kv) * groups < pairs);
+      }
+    }
+  }
+}
+
+void empty_problems_have_no_tiles() {
+  check::context = "empty";
+  CHECK(make_tile_order(0, 8, 2, 128, true, 0, 1).num_tiles() == 0);
+  CHECK(make_tile_order(64, 0, 2, 128, false, 0, 1).num_tiles() == 0);
+  CHECK(make_tile_order(64, 8, 0, 128, true, 0, 1).num_tiles() == 0);
+  // No keys at all: a group is never empty, so that dividing by it is safe.
+  CHECK(make_tile_order(64, 8, 1, 128, true, 0, 1).group >= 1);
+}
+
+}  // namespace
+
+int main() {
+  orders_by_brute_force();
+  groups_are_few_about_equal_and_fit_in_l2();
+  empty_problems_have_no_tiles();
+  return check::result();
+}

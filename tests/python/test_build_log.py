@@ -1,0 +1,315 @@
+"""What the compilers said about the kernels, and what the library became.
+
+Reads <build>/logs (for each source all that its compiler printed, nvcc with -Xptxas -v; kept by
+cmake/log_compile.sh) of the newest build of this checkout for this Python. Where no kernels were
+compiled those tests skip; the parsing is tested everywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MAX_LOCAL_BYTES = 32
+MAX_LIBRARY_BYTES = 25 * 2**20
+
+# Instances that may use local memory (at most MAX_LOCAL_BYTES), each with the reason.
+OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outside the key loop"
+EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
+    "fp16_d256_full": OUTSIDE_THE_LOOP,
+    "fp16_d256_masked": OUTSIDE_THE_LOOP,
+    "bf16_d256_full": OUTSIDE_THE_LOOP,
+    "bf16_d256_masked": OUTSIDE_THE_LOOP,
+}
+# ptxas's advisories that do no harm here, by number, each with the reason.
+EXPLAINED_ADVISORIES: dict[str, str] = {}
+
+
+@dataclasses.dataclass
+class Function:
+    """One device function in ptxas's report; sizes in bytes."""
+
+    name: str
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+    @property
+    def local_bytes(self) -> int:
+        return max(self.stack, self.spill_stores, self.spill_loads)
+
+
+@dataclasses.dataclass
+class Log:
+    """A compiler's output: the functions, the warnings and ptxas's numbered advisories."""
+
+    functions: list[Function]
+    warnings: list[str]
+    advisories: dict[str, str]  # number to line
+
+
+def parse_log(text: str) -> Log:
+    functions: list[Function] = []
+    warnings: list[str] = []
+    advisories: dict[str, str] = {}
+    name = ""
+    for line in text.splitlines():
+        if match := re.search(r"Function properties for (\S+)", line):
+            name = match.group(1)
+        elif match := re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line
+        ):
+            functions.append(Function(name, *map(int, match.groups())))
+        elif match := re.search(r"\((C\d+)\)", line):
+            advisories[match.group(1)] = line
+        elif re.search(r"\b(warning|advisory|performance loss|serialized)\b", line, re.IGNORECASE):
+            warnings.append(line)
+    return Log(functions, warnings, advisories)
+
+
+def local_memory_faults(name: str, log: Log, explained: dict[str, str]) -> list[str]:
+    """What is wrong with the local memory of one instance's functions, in words."""
+    faults = []
+    used = max((function.local_bytes for function in log.functions), default=0)
+    if not log.functions:
+        faults.append(f"{name}: the log names no function")
+    if used > MAX_LOCAL_BYTES:
+        faults.append(f"{name}: {used} bytes of local memory, more than {MAX_LOCAL_BYTES}")
+    elif used > 0 and name not in explained:
+        faults.append(f"{name}: {used} bytes of local memory that nothing explains")
+    elif used == 0 and name in explained:
+        faults.append(f"{name}: uses no local memory; its explanation is out of date")
+    return faults
+
+
+def needed_libraries(readelf: str) -> list[str]:
+    """The shared libraries that `readelf --dynamic` says are needed."""
+    return re.findall(r"\(NEEDED\).*\[(.+?)\]", readelf)
+
+
+def sass_functions(sass: str) -> dict[str, str]:
+    """From `cuobjdump -sass`: each kernel's name and instructions."""
+    parts = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def touches_local_memory(code: str) -> bool:
+    """Whether local memory is read or written between a kernel's first and last WGMMA."""
+    among = code[code.index("HGMMA") : code.rindex("HGMMA")]
+    return re.search(r"\b(LDL|STL)\b", among) is not None
+
+
+# ---------------------------------------------------------------------------------------------
+# Parsing, on samples.
+
+CLEAN = """\
+ptxas info    : 11 bytes gmem
+ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90a'
+ptxas info    : Function properties for _Z6kernelv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 168 registers, used 12 barriers
+ptxas info    : Compile time = 5.250 ms
+"""
+SPILLING = CLEAN.replace("0 bytes stack", "40 bytes stack").replace(
+    "0 bytes spill s", "36 bytes spill s"
+)
+
+
+def test_a_clean_log_has_functions_and_nothing_else():
+    log = parse_log(CLEAN)
+    assert log.functions == [Function("_Z6kernelv", 0, 0, 0)]
+    assert log.warnings == []
+    assert log.advisories == {}
+    assert local_memory_faults("a", log, {}) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/src/hopper/forward/mma.cuh(12): warning #177-D: variable was declared but never used",
+        "/src/hopper/forward/load.cuh:7:3: warning: unused variable 'x' [-Wunused-variable]",
+        "nvcc warning : incompatible redefinition for option 'std'",
+        "ptxas warning : Stack size for entry function cannot be statically determined",
+        "ptxas info : Potential Performance Loss: wgmma.mma_async instructions are serialized",
+    ],
+)
+def test_every_kind_of_warning_is_seen(line):
+    assert parse_log(CLEAN + line + "\n").warnings == [line]
+
+
+@pytest.mark.parametrize("number", ["C7508", "C7510", "C7519"])
+def test_advisories_are_seen_by_number(number):
+    line = f"ptxas info    : ({number}) Potential Performance Loss: wgmma.mma_async instructions"
+    assert parse_log(line + "\n" + CLEAN).advisories == {number: line}
+
+
+def test_local_memory_over_the_limit_is_a_fault_even_when_explained():
+    log = parse_log(SPILLING)
+    assert log.functions == [Function("_Z6kernelv", 40, 36, 0)]
+    assert "40 bytes" in local_memory_faults("a", log, {"a": "why"})[0]
+
+
+def test_local_memory_under_the_limit_must_be_explained():
+    log = parse_log(SPILLING.replace("40", "8").replace("36", "4"))
+    assert "nothing explains" in local_memory_faults("a", log, {})[0]
+    assert local_memory_faults("a", log, {"a": "why"}) == []
+    assert "out of date" in local_memory_faults("a", parse_log(CLEAN), {"a": "why"})[0]
+
+
+def test_a_log_without_functions_is_a_fault():
+    assert "no function" in local_memory_faults("a", parse_log(""), {})[0]
+
+
+def test_needed_libraries_are_read():
+    sample = " 0x0000000000000001 (NEEDED)             Shared library: [libcuda.so.1]\n"
+    assert needed_libraries(sample) == ["libcuda.so.1"]
+
+
+def test_sass_is_split_by_function():
+    sample = "\n\t\tFunction : first\n HGMMA.64x8 R1\n\t\tFunction : second\n FFMA R2\n"
+    functions = sass_functions(sample)
+    assert list(functions) == ["first", "second"]
+    assert "HGMMA" in functions["first"]
+    assert "HGMMA" not in functions["second"]
+
+
+def test_local_memory_is_seen_among_the_products_only():
+    assert touches_local_memory("HGMMA R1\n LDL R5, [R1]\n HGMMA R2\n")
+    assert touches_local_memory("HGMMA R1\n STL.64 [R1], R4\n HGMMA R2\n")
+    assert not touches_local_memory("STL [R1], R5\n HGMMA R1\n FFMA R5\n HGMMA R2\n LDL R5\n")
+
+
+# ---------------------------------------------------------------------------------------------
+# The build.
+
+
+def find_build() -> Path | None:
+    """The folder of this checkout's newest build with kernels, for this Python."""
+    named = os.environ.get("HOPPER_ATTENTION_BUILD_DIR")
+    pattern = "build/cp{}{}-*/libhopper_attention.so".format(*sys.version_info)
+    libraries = [Path(named) / "libhopper_attention.so"] if named else list(ROOT.glob(pattern))
+    libraries = [path for path in libraries if path.exists()]
+    return max(libraries, key=lambda path: path.stat().st_mtime).parent if libraries else None
+
+
+@pytest.fixture(scope="module")
+def build() -> Path:
+    folder = find_build()
+    if folder is None:
+        pytest.skip("no kernels were compiled in this checkout (build/cp*/libhopper_attention.so)")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def logs(build: Path) -> dict[str, Log]:
+    """The log of each compiled instance, by the instance's name."""
+    table = (build / "instances" / "compiled_instances.def").read_text()
+    names = re.findall(r"^HOPPER_ATTENTION_FORWARD\((\w+),", table, re.MULTILINE)
+    assert names
+    folder = build / "logs"
+    return {name: parse_log((folder / f"forward_{name}.cu.log").read_text()) for name in names}
+
+
+def find_tool(name: str) -> str | None:
+    """A CUDA binary utility: on PATH, or from its PyPI package."""
+    if path := shutil.which(name):
+        return path
+    folders = [Path(folder) / "nvidia" for folder in sys.path]
+    found = [path for folder in folders for path in folder.glob(f"*/bin/{name}")]
+    return str(found[0]) if found else None
+
+
+def test_the_kernels_compile_without_warnings(logs):
+    assert {name: log.warnings for name, log in logs.items() if log.warnings} == {}
+
+
+def test_the_host_code_compiles_without_warnings(build):
+    host_logs = {path.name: path.read_text() for path in (build / "logs").glob("*.cpp.log")}
+    assert "dispatch.cpp.log" in host_logs
+    assert {name: text for name, text in host_logs.items() if text.strip()} == {}
+
+
+def test_ptxas_has_no_advisories(logs):
+    # C7510: WGMMA serialized; C7508: setmaxnreg ignored; C7519: a warpgroup.arrive was added.
+    seen = {
+        f"{name} {line}"
+        for name, log in logs.items()
+        for number, line in log.advisories.items()
+        if number not in EXPLAINED_ADVISORIES
+    }
+    assert not seen, "\n".join(sorted(seen))
+
+
+def test_local_memory_is_small_and_explained(logs):
+    faults = [
+        fault
+        for name, log in logs.items()
+        for fault in local_memory_faults(name, log, EXPLAINED_LOCAL_MEMORY)
+    ]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.fixture(scope="module")
+def sass(build: Path) -> dict[str, str]:
+    """Each kernel's instructions."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("cuobjdump not found (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)")
+    path = f"{Path(cuobjdump).parent}{os.pathsep}{os.environ['PATH']}"  # it calls nvdisasm
+    result = subprocess.run(
+        [cuobjdump, "-sass", str(build / "libhopper_attention.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
+    return sass_functions(result.stdout)
+
+
+def test_every_kernel_multiplies_by_wgmma(sass, logs):
+    assert len(sass) >= len(logs)
+    assert [name for name, code in sass.items() if "HGMMA" not in code] == []
+
+
+def test_local_memory_is_not_touched_among_the_products(sass):
+    # What EXPLAINED_LOCAL_MEMORY says: nothing is spilled inside the loop over key blocks.
+    assert [name for name, code in sass.items() if touches_local_memory(code)] == []
+
+
+def test_the_library_is_small(build):
+    assert (build / "libhopper_attention.so").stat().st_size <= MAX_LIBRARY_BYTES
+
+
+def test_the_library_needs_neither_driver_nor_torch_nor_cudart(build):
+    result = subprocess.run(
+        ["readelf", "--dynamic", "--wide", str(build / "libhopper_attention.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "LC_ALL": "C"},
+    )
+    needed = needed_libraries(result.stdout)
+    assert any(name.startswith("libc.so") for name in needed)
+    strangers = ("libcuda", "libcudart", "libtorch", "libc10", "libpython")
+    assert [name for name in needed if name.startswith(strangers)] == []
+
+
+def test_the_library_exports_its_c_interface_only(build):
+    result = subprocess.run(
+        ["nm", "--dynamic", "--defined-only", str(build / "libhopper_attention.so")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    functions = re.findall(r"^\w+ T (\S+)$", result.stdout, re.MULTILINE)
+    declared = (ROOT / "include" / "hopper_attention" / "abi.h").read_text()
+    assert functions
+    assert [name for name in functions if f"{name}(" not in declared] == []

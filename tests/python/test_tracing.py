@@ -1,0 +1,91 @@
+"""The operator without a device: fake tensors, torch.compile, torch.export."""
+
+import contextlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import hopper_attention
+
+
+def random_qkv(batch=2, seqlen_q=6, seqlen_k=9, heads=4, heads_kv=2, d=16):
+    return (
+        torch.randn(batch, seqlen_q, heads, d, dtype=torch.bfloat16),
+        torch.randn(batch, seqlen_k, heads_kv, d, dtype=torch.bfloat16),
+        torch.randn(batch, seqlen_k, heads_kv, d, dtype=torch.bfloat16),
+    )
+
+
+@pytest.mark.parametrize("device", ["cuda", "meta"])
+@pytest.mark.parametrize("d_v", [16, 8])
+def test_fake_implementation(device, d_v):
+    with FakeTensorMode() if device == "cuda" else contextlib.nullcontext():
+        q = torch.empty(2, 4, 6, 16, dtype=torch.float16, device=device).transpose(1, 2)
+        k = torch.empty(2, 9, 2, 16, dtype=torch.float16, device=device)
+        v = torch.empty(2, 9, 2, d_v, dtype=torch.float16, device=device)
+        out, lse = hopper_attention.flash_attn_func(q, k, v, return_attn_probs=True)
+    assert out.device.type == lse.device.type == device
+    assert (out.shape, out.dtype, out.stride()) == (
+        (2, 6, 4, d_v), torch.float16, (24 * d_v, 4 * d_v, d_v, 1)
+    )  # fmt: skip
+    assert (lse.shape, lse.dtype, lse.stride()) == ((2, 4, 6), torch.float32, (24, 6, 1))
+
+
+def test_fake_implementation_checks():
+    q, k, v = (x.to("meta") for x in random_qkv())
+    with pytest.raises(ValueError, match="k and v must have the same sequence length"):
+        hopper_attention.flash_attn_func(q, k, v[:, 1:])
+    with pytest.raises(ValueError, match="softcap must be 0"):
+        hopper_attention.flash_attn_func(q, k, v, softcap=-1.0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic):
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.graph)
+        return lambda *_: (torch.zeros(1), torch.zeros(1))
+
+    def model(q, k, v):
+        out, lse = hopper_attention.flash_attn_func(
+            q * 2, k, v, causal=True, window_size=(7, None), return_attn_probs=True
+        )
+        return out + 1, lse
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)(*random_qkv())
+    (graph,) = graphs
+    targets = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert targets.count(torch.ops.hopper_attention.forward.default) == 1
+
+
+def test_exports_with_dynamic_lengths():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return hopper_attention.flash_attn_func(q, k, v, causal=True)
+
+    batch, seqlen_k = torch.export.Dim("batch"), torch.export.Dim("seqlen_k")
+    shapes = {"q": {0: batch}, "k": {0: batch, 1: seqlen_k}, "v": {0: batch, 1: seqlen_k}}
+    exported = torch.export.export(Model(), random_qkv(), dynamic_shapes=shapes)
+    assert "torch.ops.hopper_attention.forward.default" in str(exported.graph)
+
+
+# With fullgraph, torch.compile raises an error of its own that quotes ours.
+@pytest.mark.parametrize("fullgraph, error", [(False, NotImplementedError), (True, RuntimeError)])
+def test_compiled_code_refuses_inputs_that_require_grad(fullgraph, error):
+    q, k, v = (x.to("meta") for x in random_qkv())
+    torch._dynamo.reset()
+    compiled = torch.compile(hopper_attention.flash_attn_func, backend="eager", fullgraph=fullgraph)
+    with pytest.raises(error, match="the backward pass is not built yet"):
+        compiled(q.requires_grad_(), k, v)
+
+
+def test_schema():
+    assert str(torch.ops.hopper_attention.forward.default._schema) == (
+        "hopper_attention::forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
+        "int window_left, int window_right, float softcap, int sm_margin) -> (Tensor out, Tensor "
+        "lse)"
+    )
