@@ -2,6 +2,7 @@
 # make test     everything that can be tested on this machine
 # make lint     formatters and checkers, without changing a file
 # make format   formats
+# make readme   the measured figures in README.md and docs/, and the pictures, from stored results
 # make clean    removes builds and .venv
 #
 # PYTHON=python3.12        another Python (3.10 to 3.13) for .venv
@@ -22,7 +23,7 @@ CXX_FILES = $(shell find include hopper python tests tools \
   \( -name '*.h' -o -name '*.cuh' -o -name '*.cu' -o -name '*.cpp' \) 2>/dev/null | sort)
 
 .NOTPARALLEL:
-.PHONY: demo test test-host test-python test-gpu install-test lint-tools lint format clean
+.PHONY: demo test test-host test-python test-gpu install-test lint-tools lint format readme clean
 
 demo:
 	$(SETUP) --extras demo --kernels card
@@ -63,6 +64,9 @@ format: lint-tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+readme: lint-tools
+	$(BIN)/python tools/readme_tables.py
 
 clean:
 	rm -rf build dist .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

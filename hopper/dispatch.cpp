@@ -79,10 +79,10 @@ Status current_device(int* device, int* num_sms) {
   }
   if (error != cudaSuccess) return cuda_failure("no CUDA device", error);
   if (major != 9 || minor != 0) {
-    return {HOPPER_ATTENTION_WRONG_DEVICE,
-            "device " + std::to_string(*device) + " has compute capability " +
-                std::to_string(major) + "." + std::to_string(minor) +
-                "; the kernels need 9.0 (H100, H200, GH200)"};
+    return {HOPPER_ATTENTION_WRONG_DEVICE, "device " + std::to_string(*device) +
+                                               " has compute capability " + std::to_string(major) +
+                                               "." + std::to_string(minor) +
+                                               "; the kernels need 9.0 (H100, H200, GH200)"};
   }
   known_sms[*device].store(*num_sms, std::memory_order_relaxed);
   return {};
@@ -101,19 +101,23 @@ Status encode_descriptors(const hopper_attention_forward_args& a, const ForwardP
     TensorView view;
     TensorBox box;
   } maps[] = {
-      {"q", &params->q,
+      {"q",
+       &params->q,
        {a.q, a.head_dim, a.seqlen_q, a.heads, a.batch, a.q_stride_seq, a.q_stride_head,
         a.q_stride_batch},
        {qk_box.columns, kConsumerRows}},
-      {"k", &params->k,
+      {"k",
+       &params->k,
        {keys ? a.k : a.q, a.head_dim, seqlen_k, a.heads_kv, a.batch, a.k_stride_seq,
         a.k_stride_head, a.k_stride_batch},
        {qk_box.columns, plan.config.tile_n}},
-      {"v", &params->v,
+      {"v",
+       &params->v,
        {keys ? a.v : a.q, a.head_dim_v, seqlen_k, a.heads_kv, a.batch, a.v_stride_seq,
         a.v_stride_head, a.v_stride_batch},
        {v_box.columns, plan.config.tile_n}},
-      {"out", &params->out,
+      {"out",
+       &params->out,
        {a.out, a.head_dim_v, a.seqlen_q, a.heads, a.batch, a.out_stride_seq, a.out_stride_head,
         a.out_stride_batch},
        {v_box.columns, kConsumerRows}},

@@ -1,4 +1,5 @@
-// The Python module _C: the C interface with integers for pointers. It knows neither torch nor CUDA.
+// The Python module _C: the C interface with integers for pointers. It knows neither torch nor
+// CUDA.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -9,8 +10,6 @@
 #include <vector>
 
 #include "hopper_attention/abi.h"
-
-
 
 namespace py = pybind11;
 
@@ -31,11 +30,10 @@ void raise_on_failure(hopper_attention_status status) {
 }
 
 hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int seqlen_k, int heads,
-                                       int heads_kv, int head_dim, int head_dim_v,
-                                       const Strides& q, const Strides& k, const Strides& v,
-                                       const Strides& out, float softmax_scale, float softcap,
-                                       bool causal, int window_left, int window_right,
-                                       int sm_margin) {
+                                       int heads_kv, int head_dim, int head_dim_v, const Strides& q,
+                                       const Strides& k, const Strides& v, const Strides& out,
+                                       float softmax_scale, float softcap, bool causal,
+                                       int window_left, int window_right, int sm_margin) {
   hopper_attention_forward_args args{};
   args.struct_size = sizeof(args);
   args.q_stride_batch = q[0], args.q_stride_seq = q[1], args.q_stride_head = q[2];

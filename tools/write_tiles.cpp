@@ -20,15 +20,21 @@ constexpr Instance kInstances[] = {
 #undef HOPPER_ATTENTION_FORWARD
 };
 
+// The fewest keys of a request that a row serves; one with fewer runs in the masked row.
+int min_keys(const ForwardKey& key) {
+  const bool short_too = tile_mask(key.head_dim, true, 0) == MaskKind::kFull;
+  return key.mask == MaskKind::kMasked || short_too ? 0 : kShortKeys + 1;
+}
+
 void write_row(std::FILE* file, const Instance& instance, bool last) {
   const ForwardConfig config = make_forward_config(instance.key);
   std::fprintf(file,
                "  {\"name\": \"%s\", \"dtype\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, "
                "\"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, \"stages\": %d, "
-               "\"num_consumers\": %d}%s\n",
+               "\"num_consumers\": %d, \"min_keys\": %d}%s\n",
                instance.name, name_of(instance.key.dtype), instance.key.head_dim,
                instance.key.head_dim_v, name_of(instance.key.mask), config.tile_m(), config.tile_n,
-               config.stages, config.num_consumers, last ? "" : ",");
+               config.stages, config.num_consumers, min_keys(instance.key), last ? "" : ",");
 }
 
 }  // namespace

@@ -25,6 +25,7 @@ struct TensorBox {
 
 // Null when encoded; else a sentence about what failed. Reads beyond the tensor give zeros, writes
 // beyond it are dropped: this is how odd lengths and head dimensions run in whole tiles.
-const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box, bool bfloat16);
+const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
+                              bool bfloat16);
 
 }  // namespace hopper_attention

@@ -26,7 +26,8 @@ CUTE_DEVICE void store_output(ForwardParams const& params, typename Traits::Shar
   sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
   Element* buffer = shared.o(consumer);
   Tensor sO = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutO{});
-  auto copy_o = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
+  auto copy_o =
+      make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
   auto thread_copy = copy_o.get_thread_slice(thread);
   copy(copy_o, thread_copy.retile_S(rO16), thread_copy.partition_D(sO));
   tma_store_fence();  // what TMA reads was written by ordinary stores
@@ -45,12 +46,12 @@ CUTE_DEVICE void store_output(ForwardParams const& params, typename Traits::Shar
 }
 
 CUTE_DEVICE void store_lse(ForwardParams const& params, float const (&lse)[kRowsPerThread],
-                                  WorkTile tile, int first_row, int thread) {
+                           WorkTile tile, int first_row, int thread) {
   if (params.lse == nullptr || thread % 4 != 0) return;
   const int seqlen_q = params.mask.seqlen_q;
   const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
-  float* head = params.lse + (static_cast<std::int64_t>(tile.batch) * params.order.heads + tile.head) *
-                                 seqlen_q;
+  float* head = params.lse +
+                (static_cast<std::int64_t>(tile.batch) * params.order.heads + tile.head) * seqlen_q;
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     if (row + 8 * r < seqlen_q) head[row + 8 * r] = lse[r];

@@ -54,14 +54,8 @@ CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedSto
     Softmax softmax{params.scale_log2};
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<typename Traits::M, typename Traits::Dv>{});
-    if (blocks.empty()) {
-      shared.barriers.q_full[consumer].wait(q_phase);
-      if constexpr (!Traits::kOverlayO) arrive_warp(shared.barriers.q_empty[consumer]);
-      clear(rO);
-    } else {
-      attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
-                     softmax, rO);
-    }
+    attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
+                   softmax, rO);
     q_phase ^= 1;
     float lse[kRowsPerThread];
     softmax.finish(rO, lse);

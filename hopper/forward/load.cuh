@@ -19,8 +19,9 @@ CUTE_DEVICE BlockRange visited_blocks(ForwardParams const& params, WorkTile tile
 
 // One tile of `rows` rows, slab by slab, into consecutive shared memory.
 template <int kSlab, int kColumns, int kRows, class Element>
-CUTE_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& barrier, cute::TMA::CacheHintSm90 hint,
-                           Element* shared, int row, int head, int batch) {
+CUTE_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& barrier,
+                           cute::TMA::CacheHintSm90 hint, Element* shared, int row, int head,
+                           int batch) {
   barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
   CUTE_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
@@ -75,7 +76,8 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   source.finish(params);
 }
 
-// Loads each consumer's rows of Q. Q comes for a tile without keys too: its O may lie on Q's buffer.
+// Loads each consumer's rows of Q. Q comes for a tile without keys too: its O may lie on Q's
+// buffer.
 template <class Traits>
 CUTE_DEVICE void produce_queries(ForwardParams const& params,
                                  typename Traits::SharedStorage& shared) {

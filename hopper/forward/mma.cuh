@@ -1,8 +1,8 @@
 // The consumer: S = Q K^T, P = softmax(S), O += P V over a tile's key blocks, right to left.
 //
-// Within a consumer, the next block's Q K^T is issued ahead of this block's P V, and the next block's
-// softmax runs while that P V is still on the tensor cores. Between consumers, turns (named barriers)
-// let one's products run under the other's softmax.
+// Within a consumer, the next block's Q K^T is issued ahead of this block's P V, and the next
+// block's softmax runs while that P V is still on the tensor cores. Between consumers, turns (named
+// barriers) let one's products run under the other's softmax.
 #pragma once
 
 #include <cutlass/numeric_conversion.h>
@@ -44,6 +44,18 @@ CUTE_DEVICE void convert_probabilities(Scores const& s, Probabilities& p) {
       convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(s.data()));
 }
 
+// Of a tile's blocks, those that rows first_row and on of one consumer see.
+template <class Traits>
+CUTE_DEVICE BlockRange own_blocks(Mask const& mask, BlockRange blocks, int first_row) {
+  if constexpr (!consumers_differ(Traits::kConfig)) return blocks;
+  BlockRange own = blocks;
+  if constexpr (Traits::kMasked) {
+    const int row_end = min(first_row + kConsumerRows, mask.seqlen_q);
+    own = key_blocks(mask, first_row, row_end, Traits::kTileN);
+  }
+  return first_row < mask.seqlen_q && !own.empty() ? own : BlockRange{blocks.begin, blocks.begin};
+}
+
 // O of one consumer's rows of one tile, not yet divided by the row sums, and their statistics.
 // thread: 0 to 127 within the consumer. ring: this consumer's place in K's and V's stages.
 template <class Traits, class Output>
@@ -62,13 +74,17 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{});
   auto thread_qk = mma_qk.get_thread_slice(0);  // descriptors are the same for every thread
   auto thread_pv = mma_pv.get_thread_slice(0);
-  Tensor tSrQ = thread_qk.partition_fragment_A(sQ);  // (MMA, 1, d/16)
-  Tensor tSrK = thread_qk.partition_fragment_B(sK);  // (MMA, 1, d/16, stages)
+  Tensor tSrQ = thread_qk.partition_fragment_A(sQ);   // (MMA, 1, d/16)
+  Tensor tSrK = thread_qk.partition_fragment_B(sK);   // (MMA, 1, d/16, stages)
   Tensor tOrV = thread_pv.partition_fragment_B(sVt);  // (MMA, 1, tile_n/16, stages)
   Tensor rS = partition_fragment_C(mma_qk, Shape<typename Traits::M, typename Traits::N>{});
   // P as the second product's A operand has S's elements in S's order.
-  Tensor rP = make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileN / 16>>>{});
+  Tensor rP =
+      make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileN / 16>>>{});
 
+  // The tile's blocks are those of all consumers; this one's rows may see fewer, or lie past the
+  // end.
+  const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
   const int row = first_row + thread / 32 * 16 + thread % 32 / 4;  // this thread's first
   const int row_end = min(first_row + kConsumerRows, params.mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
@@ -80,8 +96,8 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     turns.wait();
     issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, k_ring.stage), rS);
   };
-  auto release_k = [&] {
-    arrive_warp(barriers.k_empty[k_ring.stage]);
+  auto release_k = [&](bool always) {
+    if (elect_one_sync() && always) barriers.k_empty[k_ring.stage].arrive();
     k_ring.advance();
   };
   auto add_values = [&] {
@@ -92,41 +108,68 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     arrive_warp(barriers.v_empty[v_ring.stage]);
     v_ring.advance();
   };
+  auto skip = [&](int count) {  // blocks that only other consumers need
+    for (; count > 0; --count) {
+      wait_k();
+      turns.wait();
+      turns.pass();
+      release_k(true);
+      barriers.v_full[v_ring.stage].wait(v_ring.phase);
+      release_v();
+    }
+  };
+  auto release_q = [&] {  // where O lies on Q, the epilogue releases it
+    if constexpr (!Traits::kOverlayO) arrive_warp(barriers.q_empty[consumer]);
+  };
   auto prepare_scores = [&](int n_block) {
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(rS, params);
     }
     mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
   };
-  constexpr bool kHoldWait = Traits::kConfig.schedule == Schedule::kSplitRows;
+  constexpr Schedule kSchedule = Traits::kConfig.schedule;
+  constexpr bool kHoldsByRelease =
+      kSchedule == Schedule::kAfterHalfRow || kSchedule == Schedule::kAfterRow;
   // One block: its scores, while the products of the block to its right run. kPlain: no score of it
   // is masked or transformed, as holds for all but a few; a body of its own spares it the branches.
   auto step = [&](int n_block, auto kPlain) {
-    if constexpr (!kHoldWait) wait_k();
+    if constexpr (kSchedule != Schedule::kBetweenRows) wait_k();
     score();
     add_values();
     turns.pass();
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
     warpgroup_fence_operand(rS);
-    release_k();
+    if constexpr (!kHoldsByRelease) release_k(true);
     if constexpr (!kPlain) prepare_scores(n_block);
     // A warp gets 4 exponentials a cycle; the maxima, the rescale of O and the conversion of P fill
-    // the gaps.
+    // the gaps. Left alone, ptxas moves the wait for P V up to the last arrival, shuffle or branch
+    // before it, and softmax and P V run one after the other. The schedules below put one of these
+    // where the wait shall be, on a condition that always holds (a sum of exponentials is not
+    // negative) but needs the exponentials before it.
     constexpr bool kMayBeEmpty = Traits::kMasked && !kPlain;
     softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 0), 0);
-    softmax.exponentiate(rS, 0);
-    const float part = softmax.thread_max(rS, 1);
-    // Left alone, ptxas moves the wait for P V up to the maxima. Where the schedule says so, waiting
-    // for the next K on a condition that needs the first row's exponentials (no sum is negative)
-    // holds them above that wait, and the second row's shuffles below it.
-    if constexpr (kHoldWait) {
-      const bool more = n_block > blocks.begin;
-      if (more && !(softmax.sum[0] < 0.0f)) wait_k();
+    [[maybe_unused]] float part;  // of the second row's maximum
+    if constexpr (kHoldsByRelease) {
+      softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
+      const float sum_before = softmax.sum[0];
+      softmax.exponentiate(rS, 0);
+      constexpr int kColumns = Traits::kTileN / 4;  // a thread's of a row
+      constexpr int kLast = kSchedule == Schedule::kAfterHalfRow ? kColumns / 2 : kColumns - 1;
+      release_k(!(sum_before + rS(fragment_index(0, kLast)) < 0.0f));
+    } else if constexpr (kSchedule == Schedule::kBetweenRows) {
+      softmax.exponentiate(rS, 0);
+      part = softmax.thread_max(rS, 1);
+      if (n_block > own.begin && !(softmax.sum[0] < 0.0f)) wait_k();
+    } else {
+      softmax.exponentiate(rS, 0);
+      softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
     }
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
     release_v();
-    softmax.template take_maximum<kMayBeEmpty>(part, 1);
+    if constexpr (kSchedule == Schedule::kBetweenRows) {
+      softmax.template take_maximum<kMayBeEmpty>(part, 1);
+    }
     softmax.exponentiate(rS, 1);
     if (!Traits::kConfig.skip_rescale || softmax.owes_rescale()) softmax.rescale(rO);
     convert_probabilities<Element>(rS, rP);
@@ -134,33 +177,45 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
 
   barriers.q_full[consumer].wait(q_phase);
   clear(rO);
+  skip(blocks.end - own.end);
+  if (own.empty()) {
+    release_q();
+    return;
+  }
   wait_k();
   score();
   turns.pass();
   warpgroup_wait<0>();
-  release_k();
-  if (blocks.end > plain.end) prepare_scores(blocks.end - 1);
+  release_k(true);
+  if (own.end > plain.end) prepare_scores(own.end - 1);
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {  // O is still zero
     softmax.template take_maximum<Traits::kMasked>(softmax.thread_max(rS, r), r);
     softmax.exponentiate(rS, r);
   }
   convert_probabilities<Element>(rS, rP);
-  if (kHoldWait && blocks.end - 1 > blocks.begin) wait_k();
 
-  for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-    if (!Traits::kMasked || (n_block >= plain.begin && n_block < plain.end)) {
-      step(n_block, true_type{});
-    } else {
-      step(n_block, false_type{});
+  if (kSchedule == Schedule::kBetweenRows && own.end - 1 > own.begin) wait_k();
+
+  int n_block = own.end - 2;
+  if constexpr (Traits::kMasked) {
+    const int plain_begin = max(plain.begin, own.begin);
+    while (n_block >= own.begin) {  // right edge, middle, left edge: at most twice
+      for (; n_block >= own.begin && (n_block >= plain.end || n_block < plain.begin); --n_block) {
+        step(n_block, false_type{});
+      }
+      for (; n_block >= plain_begin && n_block < plain.end; --n_block) step(n_block, true_type{});
     }
+  } else {
+    for (; n_block >= own.begin; --n_block) step(n_block, true_type{});
   }
 
-  if constexpr (!Traits::kOverlayO) arrive_warp(barriers.q_empty[consumer]);
+  release_q();
   add_values();
   warpgroup_wait<0>();
   warpgroup_fence_operand(rO);
   release_v();
+  skip(own.begin - blocks.begin);
 }
 
 }  // namespace hopper_attention

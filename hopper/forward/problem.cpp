@@ -39,9 +39,9 @@ Status check_tensor(const TensorField& tensor) {
   for (const auto& dim : tensor.dims) {
     const bool used = dim.size > 1;  // the stride of a dimension of size 1 is never taken
     if (used && (dim.stride % 8 != 0 || dim.stride < 0 || dim.stride >= (1ll << 39))) {
-      return Status::invalid(show((std::string(tensor.name) + "_stride_" + dim.name).c_str(),
-                                  dim.stride) +
-                             "; allowed are multiples of 8 elements (16 bytes) from 0 to 2^39");
+      return Status::invalid(
+          show((std::string(tensor.name) + "_stride_" + dim.name).c_str(), dim.stride) +
+          "; allowed are multiples of 8 elements (16 bytes) from 0 to 2^39");
     }
   }
   return {};
@@ -127,25 +127,25 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
   // The kernel takes maxima of raw scores, so a scale that is not positive is applied before.
   plan->transform_scores = args.softcap > 0.0f || args.softmax_scale <= 0.0f;
   plan->cap = args.softcap;
-  plan->inner_scale =
-      args.softcap > 0.0f ? args.softmax_scale / args.softcap : args.softmax_scale;
+  plan->inner_scale = args.softcap > 0.0f ? args.softmax_scale / args.softcap : args.softmax_scale;
   plan->scale_log2 = plan->transform_scores ? kLog2E : args.softmax_scale * kLog2E;
 
   const HeadDims dims = tile_head_dims(args.head_dim, args.head_dim_v);
   const bool full = plan->mask.full() && !plan->transform_scores;
   plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
-               full ? MaskKind::kFull : MaskKind::kMasked};
+               tile_mask(dims.qk, full, args.seqlen_k)};
   plan->config = make_forward_config(plan->key);
 
-  const std::int64_t m_blocks = (static_cast<std::int64_t>(args.seqlen_q) + plan->config.tile_m() - 1) /
-                                plan->config.tile_m();
+  const std::int64_t m_blocks =
+      (static_cast<std::int64_t>(args.seqlen_q) + plan->config.tile_m() - 1) /
+      plan->config.tile_m();
   const double tiles = static_cast<double>(m_blocks) * args.heads * args.batch;
   if (tiles >= static_cast<double>(INT_MAX) - (1 << 20)) {
     return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
                            std::to_string(plan->config.tile_m()) + " rows");
   }
-  const std::int64_t kv_bytes = static_cast<std::int64_t>(args.seqlen_k) *
-                                (args.head_dim + args.head_dim_v) * 2;
+  const std::int64_t kv_bytes =
+      static_cast<std::int64_t>(args.seqlen_k) * (args.head_dim + args.head_dim_v) * 2;
   const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->config.tile_m(), !full,
                                 kv_bytes, heads_per_kv);

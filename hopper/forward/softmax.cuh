@@ -13,7 +13,9 @@ inline constexpr int kRowsPerThread = 2;
 CUTE_HOST_DEVICE constexpr int fragment_row(int i) { return i / 2 % 2; }
 CUTE_HOST_DEVICE constexpr int fragment_column(int i) { return 8 * (i / 4) + i % 2; }
 // The j-th element of a row.
-CUTE_HOST_DEVICE constexpr int fragment_index(int row, int j) { return j / 2 * 4 + row * 2 + j % 2; }
+CUTE_HOST_DEVICE constexpr int fragment_index(int row, int j) {
+  return j / 2 * 4 + row * 2 + j % 2;
+}
 
 // The rest of a row lies in the other three lanes of a quad.
 template <class Op>
@@ -40,10 +42,10 @@ struct Softmax {
     return result;
   }
 
-  // Takes a block's maximum of a row in, of which a thread has a part: the row's sum is rescaled
-  // here, O is owed alpha. The reference always follows the maximum: if it lagged a little, O would
-  // seldom need rescaling, but the largest P would not be exactly 1, and its rounding would raise
-  // the error of rows with one dominant key by 9 to 22%.
+  // Takes a block's maximum of a row in, of which a thread has a part; O is then owed alpha. The
+  // reference always follows the maximum: if it lagged a little, O would seldom need rescaling, but
+  // the largest P would not be exactly 1, and its rounding would raise the error of rows with one
+  // dominant key by 9 to 22%.
   // kMayBeEmpty: the row may have seen no key so far. All its scores are -inf then, and stay so
   // whatever finite number is subtracted.
   template <bool kMayBeEmpty>
@@ -51,21 +53,26 @@ struct Softmax {
     const float previous = reference[row];
     const float block_max = quad_reduce(part, [](float a, float b) { return fmaxf(a, b); });
     reference[row] = fmaxf(previous, block_max);
-    shift[row] = reference[row] * scale_log2;
-    if (kMayBeEmpty && reference[row] == -INFINITY) shift[row] = 0.0f;
-    alpha[row] = exp2f(fmaf(previous, scale_log2, -shift[row]));
-    sum[row] *= alpha[row];
+    const bool empty = kMayBeEmpty && reference[row] == -INFINITY;
+    const float subtrahend = empty ? 0.0f : reference[row];
+    shift[row] = subtrahend * scale_log2;
+    // The difference first: alpha is exactly 1 where the reference stays. As one fused multiply-add
+    // with shift it would be off by that product's rounding, and a million keys take 8,000 alphas.
+    alpha[row] = exp2f((previous - subtrahend) * scale_log2);
   }
 
-  // S -> P = exp2(scale_log2 * (S - reference)) in place for one row, and P's sum.
+  // S -> P = exp2(scale_log2 * (S - reference)) in place for one row, and P's sum. The block is
+  // summed by itself first: a million terms added one by one would lose three digits.
   template <class Scores>
   CUTE_DEVICE void exponentiate(Scores& s, int row) {
+    float block_sum = 0.0f;
     CUTE_UNROLL
     for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
       const int i = fragment_index(row, j);
       s(i) = exp2f(fmaf(s(i), scale_log2, -shift[row]));
-      sum[row] += s(i);
+      block_sum += s(i);
     }
+    sum[row] = fmaf(sum[row], alpha[row], block_sum);
   }
 
   // Whether some row of this warp moved its reference: else alpha is 1 for all of them.

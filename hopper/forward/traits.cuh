@@ -15,8 +15,8 @@ struct ForwardTraits {
   static constexpr ForwardConfig kConfig = Instance::kConfig;
   static_assert(config_error(kConfig) == nullptr, "a config that cannot be built");
 
-  using Element = cute::conditional_t<kConfig.key.dtype == Dtype::kFloat16, cute::half_t,
-                                      cute::bfloat16_t>;
+  using Element =
+      cute::conditional_t<kConfig.key.dtype == Dtype::kFloat16, cute::half_t, cute::bfloat16_t>;
   static constexpr int kTileN = kConfig.tile_n;
   static constexpr int kHeadDim = kConfig.key.head_dim;
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
@@ -41,12 +41,12 @@ struct ForwardTraits {
   using AtomMN = cute::conditional_t<columns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
                                      cute::GMMA::Layout_MN_SW64_Atom<Element>>;
   using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D>{}));
-  using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlab>{},
-                                               cute::Shape<N, D, cute::Int<kStages>>{}));
+  using LayoutK =
+      decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<N, D, cute::Int<kStages>>{}));
   // V lies as (tokens, head_dim_v) in memory; the second product reads it as its transpose.
-  using LayoutVt = decltype(cute::tile_to_shape(
-      AtomMN<kSlabV>{}, cute::Shape<Dv, N, cute::Int<kStages>>{},
-      cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutVt =
+      decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, N, cute::Int<kStages>>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutO = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv>{}));
 
   using MmaQK = decltype(cute::make_tiled_mma(

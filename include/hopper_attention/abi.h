@@ -1,7 +1,8 @@
 // The C interface of libhopper_attention: plain structs, void pointers, status codes.
 //
 // Rules that hold for every entry point:
-// - The caller allocates everything; the library never allocates device memory and never synchronises.
+// - The caller allocates everything; the library never allocates device memory and never
+// synchronises.
 // - Strides are in elements, 64 bits wide; the innermost (head dimension) stride is always 1.
 // - A null pointer means "absent" where a field says it may be null, and is an error elsewhere.
 // - struct_size is the caller's sizeof(struct): an older caller keeps working with a newer library.
@@ -28,8 +29,8 @@ typedef enum hopper_attention_status {
   HOPPER_ATTENTION_INVALID_ARGUMENT = 1,  // a field's value is wrong; the message says which
   HOPPER_ATTENTION_NOT_SUPPORTED = 2,     // a valid request that this library has no kernel for
   HOPPER_ATTENTION_NOT_COMPILED = 3,      // the instance exists but this build left it out
-  HOPPER_ATTENTION_WRONG_DEVICE = 4,      // no CUDA device, no driver, or not compute capability 9.0
-  HOPPER_ATTENTION_CUDA_ERROR = 5         // CUDA refused; the message carries its words
+  HOPPER_ATTENTION_WRONG_DEVICE = 4,  // no CUDA device, no driver, or not compute capability 9.0
+  HOPPER_ATTENTION_CUDA_ERROR = 5     // CUDA refused; the message carries its words
 } hopper_attention_status;
 
 typedef enum hopper_attention_dtype {
@@ -86,8 +87,8 @@ hopper_attention_forward(const hopper_attention_forward_args* args);
 HOPPER_ATTENTION_API size_t hopper_attention_forward_workspace_bytes(void);
 
 // Writes a JSON object that names the instance, tile, grid and reason for the call that args
-// describes, into buffer (NUL-terminated, cut at capacity). Pointers in args are not read and may be
-// null. Works without a device (num_sms is then 132, an H100 SXM's or H200's).
+// describes, into buffer (NUL-terminated, cut at capacity). Pointers in args are not read and may
+// be null. Works without a device (num_sms is then 132, an H100 SXM's or H200's).
 HOPPER_ATTENTION_API hopper_attention_status hopper_attention_explain_forward(
     const hopper_attention_forward_args* args, char* buffer, size_t capacity);
 

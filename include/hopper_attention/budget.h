@@ -10,7 +10,7 @@ inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // what one block may have on Hopper
 inline constexpr int kRegisterFile = 64 * 1024;
 inline constexpr int kElementBytes = 2;  // float16 and bfloat16
-inline constexpr int kTileSlots = 2;     // work tiles that travel from the producer to the consumers
+inline constexpr int kTileSlots = 2;  // work tiles that travel from the producer to the consumers
 
 struct RegisterSplit {
   int launch;    // a thread's at launch, before setmaxnreg
@@ -81,7 +81,8 @@ constexpr int fragment_registers(const ForwardConfig& config) {
 constexpr const char* config_error(const ForwardConfig& config) {
   const RegisterSplit split = register_split(config.num_consumers);
   if (config.num_consumers < 2 || config.num_consumers > 4) return "2 to 4 consumers";
-  if (config.tile_n % 16 != 0 || config.tile_n > 256) return "tile_n: a multiple of 16, at most 256";
+  if (config.tile_n % 16 != 0 || config.tile_n > 256)
+    return "tile_n: a multiple of 16, at most 256";
   if (config.key.head_dim % 32 != 0 || config.key.head_dim_v % 32 != 0) return "head dim: 32s";
   if (config.key.head_dim_v > config.key.head_dim) return "head_dim_v above head_dim";
   if (config.stages < 2) return "at least two stages";

@@ -7,10 +7,12 @@ namespace hopper_attention {
 
 inline constexpr int kConsumerRows = 64;  // query rows of one consumer warpgroup (WGMMA's M)
 
-// Where a consumer waits for P V within the next block's softmax.
+// Where, within the next block's softmax, a consumer waits for P V. A thread has two rows.
 enum class Schedule : int {
-  kInterleaved = 0,  // wherever ptxas puts it: after the maxima
-  kSplitRows = 1,    // between the exponentials of a thread's first and second row
+  kAfterMaxima = 0,   // before the exponentials
+  kAfterHalfRow = 1,  // after half of the first row's
+  kAfterRow = 2,      // after all of the first row's
+  kBetweenRows = 3,   // likewise, and the second row's maximum is shared after the wait
 };
 
 struct ForwardConfig {
@@ -32,33 +34,60 @@ constexpr int slab_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; 
 // Registers a thread of an accumulator of kConsumerRows x columns: 128 threads share it.
 constexpr int accumulator_registers(int columns) { return columns / 2; }
 
-// Cycles: one H200's multiprocessors, s = 16384, 16,384 tokens, hidden size 2048 (docs/performance.md).
+// Whether consumers of one tile work through key ranges of their own, and skip the blocks that only
+// the others see: worth its instructions (4% at d128) where a tile has more rows than a block keys.
+constexpr bool consumers_differ(const ForwardConfig& config) {
+  return config.tile_m() > config.tile_n;
+}
+
+// Which row of instances.def serves a request: `full` when no key is masked. Up to this many keys,
+// the square tiles of the masked d128 kernel beat the wide ones of the full one: their O has shared
+// memory of its own, so that the next tile's Q arrives early.
+inline constexpr int kShortKeys = 4096;
+
+constexpr MaskKind tile_mask(int tile_head_dim, bool full, int seqlen_k) {
+  const bool wide = tile_head_dim != 128 || seqlen_k > kShortKeys;
+  return full && wide ? MaskKind::kFull : MaskKind::kMasked;
+}
+
+// The reasons' figures are multiprocessor cycles of an H200 at s = 16384 (docs/performance.md).
 constexpr ForwardConfig make_forward_config(ForwardKey key) {
-  constexpr auto kInterleaved = Schedule::kInterleaved;
-  constexpr auto kSplitRows = Schedule::kSplitRows;
   const bool full = key.mask == MaskKind::kFull;
   if (key.head_dim == 64) {
-    return {key, 128, 2, 3, true, kInterleaved, false,
-            "three consumers hide exp2; split rows cost 6%, no ping-pong 5 to 7%"};
+    return {key,   128,
+            2,     3,
+            true,  full ? Schedule::kAfterRow : Schedule::kAfterMaxima,
+            false, "three consumers hide exp2; without ping-pong 5 to 7% slower"};
   }
   if (key.head_dim == 96) {
-    return {key, 112, 2, 3, true, kInterleaved, false,
-            "three consumers: S 56, P 28 and O 48 registers of 160"};
+    return {key,   112,
+            2,     3,
+            true,  full ? Schedule::kAfterRow : Schedule::kAfterMaxima,
+            false, "three consumers: S 56, P 28 and O 48 registers of 160"};
   }
   if (key.head_dim == 128) {
-    return full ? ForwardConfig{key, 176, 2, 2, true, kSplitRows, false,
-                                "widest that fits: S 88, P 44, O 64 registers and 208 KiB"}
-                : ForwardConfig{key, 128, 2, 2, true, kSplitRows, false,
-                                "square tiles waste least on the diagonal; split rows gain 5%"};
+    return full ? ForwardConfig{key,   176,
+                                2,     2,
+                                true,  Schedule::kAfterRow,
+                                false, "widest that fits: S 88, P 44, O 64 registers and 208 KiB"}
+                : ForwardConfig{key,   128,
+                                2,     2,
+                                true,  Schedule::kAfterHalfRow,
+                                false, "square tiles waste least on the diagonal"};
   }
   if (key.head_dim == 192 && key.head_dim_v == 128) {
-    return {key, 128, 2, 2, true, kSplitRows, false, "208 KiB at two stages"};
+    return {key, 128, 2, 2, true, Schedule::kAfterHalfRow, false, "208 KiB at two stages"};
   }
   if (key.head_dim == 192) {
-    return {key, 112, 2, 2, false, kSplitRows, full, "216 KiB at two stages: the widest that fits"};
+    return {key,   112,
+            2,     2,
+            false, full ? Schedule::kAfterHalfRow : Schedule::kBetweenRows,
+            full,  "216 KiB at two stages: the widest that fits"};
   }
-  return {key, 80, 2, 2, false, kSplitRows, full,
-          "224 KiB at two stages: the widest that fits; ping-pong costs 3%"};
+  return {key,   80,
+          2,     2,
+          false, full ? Schedule::kAfterHalfRow : Schedule::kBetweenRows,
+          full,  "224 KiB at two stages: the widest that fits; ping-pong costs 3%"};
 }
 
 }  // namespace hopper_attention

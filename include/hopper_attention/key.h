@@ -6,7 +6,8 @@ namespace hopper_attention {
 enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1 };
 
 // kFull: every query sees every key, and scores are used as they are.
-// kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time.
+// kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time; so
+// it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
 enum class MaskKind : int { kFull = 0, kMasked = 1 };
 
 struct ForwardKey {

@@ -32,9 +32,9 @@ struct Mask {
   constexpr bool full() const { return window_left >= seqlen_k && window_right >= seqlen_q; }
 };
 
-// From a caller's arguments, where a negative window is unbounded and causal means window_right = 0.
-// A left window of seqlen_k - 1 keys reaches key 0 from every row, a right one of seqlen_q - 1 the
-// last key: wider ones are made unbounded, so that sums cannot overflow.
+// From a caller's arguments, where a negative window is unbounded and causal means window_right =
+// 0. A left window of seqlen_k - 1 keys reaches key 0 from every row, a right one of seqlen_q - 1
+// the last key: wider ones are made unbounded, so that sums cannot overflow.
 constexpr Mask make_mask(int seqlen_q, int seqlen_k, bool causal, int window_left,
                          int window_right) {
   if (causal) window_right = 0;

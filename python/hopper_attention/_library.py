@@ -27,7 +27,7 @@ def load() -> Any:
         if importlib.util.find_spec(_NAME) is None:
             _reason = (
                 "hopper_attention was installed without its compiled kernels: nvcc was not found "
-                "then. Install the CUDA toolkit (12.3 or newer, nvcc on PATH) and reinstall; "
+                "then. Install the CUDA toolkit (12.5 or newer, nvcc on PATH) and reinstall; "
                 "`hopper-attention doctor` shows what is missing"
             )
         else:

@@ -192,7 +192,7 @@ def attention(
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
     if tile is None:
         masked = not mask.full or softcap > 0 or scale <= 0
-        tile = kernel_tile(q.dtype, head_dim, head_dim_v, masked=masked)
+        tile = kernel_tile(q.dtype, head_dim, head_dim_v, k.shape[1], masked=masked)
     elif len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile must be (tile_m, tile_n), both 1 or more, got {tile}")
 
@@ -215,7 +215,7 @@ def attention(
 
 
 def kernel_tile(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, *, masked: bool
+    dtype: torch.dtype, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
 ) -> tuple[int, int]:
     """(tile_m, tile_n) of the kernel that runs these head dimensions: the smallest that holds them.
 
@@ -223,6 +223,7 @@ def kernel_tile(
         dtype: torch.float16 or torch.bfloat16.
         head_dim: of q and k.
         head_dim_v: of v.
+        seqlen_k: keys. Some kernels without a mask leave problems with few keys to the masked one.
         masked: the kernel for masks, soft caps and scales that are not positive.
 
     Raises:
@@ -244,6 +245,8 @@ def kernel_tile(
             "of v: pass tile=(tile_m, tile_n)"
         )
     row = min(rows, key=lambda row: (row["head_dim"], row["head_dim_v"]))
+    if seqlen_k < row["min_keys"]:
+        return kernel_tile(dtype, head_dim, head_dim_v, seqlen_k, masked=True)
     return row["tile_m"], row["tile_n"]
 
 

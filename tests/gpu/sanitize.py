@@ -18,7 +18,9 @@ import hopper_attention
 from hopper_attention import _library
 
 # odd, more than one tile in each direction, and grouped heads
-BATCH, SEQLEN_Q, SEQLEN_K, HEADS, HEADS_KV = 2, 197, 333, 2, 1
+BATCH, SEQLEN_Q, HEADS, HEADS_KV = 2, 197, 2, 1
+# full problems with few keys may run in the masked kernel
+SEQLEN_K = {"full": 4101, "masked": 333}
 OPTIONS: dict[str, list[dict[str, object]]] = {
     "full": [{}],
     "masked": [{"causal": True}, {"window_size": (70, 20)}, {"softcap": 20.0}],
@@ -44,8 +46,8 @@ def run(name: str) -> None:
         return torch.randn(size, generator=generator).to(dtype).cuda()
 
     q = normal(BATCH, SEQLEN_Q, HEADS, head_dim)
-    k = normal(BATCH, SEQLEN_K, HEADS_KV, head_dim)
-    v = normal(BATCH, SEQLEN_K, HEADS_KV, head_dim_v)
+    k = normal(BATCH, SEQLEN_K[mask], HEADS_KV, head_dim)
+    v = normal(BATCH, SEQLEN_K[mask], HEADS_KV, head_dim_v)
     for options in OPTIONS[mask]:
         plan = hopper_attention.explain(q, k, v, **options)
         assert plan.instance == name, f"{name}: {plan.instance} ran with {options}"

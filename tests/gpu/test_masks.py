@@ -136,3 +136,19 @@ def test_equal_scores_and_values_near_fp16s_end():
         assert largest_error(out, torch.full_like(out, value).double()) <= value * 2e-3
         out, _ = check(torch.zeros_like(q), k, v, causal=True)
         assert largest_error(out, torch.full_like(out, value).double()) <= value * 2e-3
+
+
+@HEAD_DIM
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_huge_scores_neither_hang_nor_leak(causal, head_dim):
+    # Scores of 1e8 and more: their rounding exceeds 1, so that exponentials of a row's largest
+    # scores are not 1. Where all are equal the factor cancels; where they overflow, the kernel must
+    # still end, and the next call on the stream must not notice.
+    shape = (1, 5000, 1, head_dim)
+    for entry in (1000.0, 60000.0):
+        q = torch.full(shape, entry, dtype=torch.float16, device="cuda")
+        out = attention(q, q, torch.ones_like(q), causal=causal)[0]
+        torch.cuda.synchronize()
+        if entry == 1000.0:
+            assert (out == 1.0).all()
+    check(*Problem(seqlen_q=333, seqlen_k=500, head_dim=head_dim).inputs(), causal=causal)

@@ -51,7 +51,7 @@ void there_is_one_row_for_each_head_dim_dtype_and_mask() {
 }
 
 void registers_stay_within_the_file_before_and_after_the_split() {
-  for (int consumers = 1; consumers <= 3; ++consumers) {
+  for (int consumers = 2; consumers <= 4; ++consumers) {
     check::context = std::to_string(consumers) + " consumers";
     const RegisterSplit split = register_split(consumers);
     CHECK(split.launch * (consumers + 1) * kWarpgroupThreads <= kRegisterFile);

@@ -159,8 +159,12 @@ ForwardPlan plan_of(const Args& args, int num_sms = 132) {
 void plain_scores_take_the_kernel_without_a_mask() {
   check::context = "plain";
   Args args = valid_args();
+  args.head_dim = args.head_dim_v = 64;
   ForwardPlan plan = plan_of(args);
   CHECK(plan.key.mask == MaskKind::kFull && !plan.transform_scores && !plan.order.longest_first);
+  args = valid_args();  // d128 may use the masked kernel's tiles, its blocks are still alike
+  plan = plan_of(args);
+  CHECK(plan.mask.full() && !plan.transform_scores && !plan.order.longest_first);
   CHECK(std::fabs(plan.scale_log2 - 0.088f / std::log(2.0f)) < 1e-6f);
 
   check::context = "causal";

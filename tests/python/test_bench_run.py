@@ -255,8 +255,9 @@ def test_selecting_shapes():
         runner.select(SHAPES, "(")
 
 
-def test_rmse_of_whole_outputs():
-    shape = Shape("float16", 32, 32, 2, 48, 48, 2, 2, causal=False)
+@pytest.mark.parametrize("causal", [False, True])
+def test_rmse_of_whole_outputs(causal):
+    shape = Shape("float16", 32, 32, 2, 48, 48, 2, 2, causal=causal)
     outcome = Outcome()
     fakes = [Fake("hopper_attention"), Fake("fa3", fail(RuntimeError("no")))]
     labels = []
@@ -275,7 +276,7 @@ def test_rmse_of_whole_outputs():
         assert 0 < ours < standard < 1e-2
     assert {(name, reason) for name, _, reason in outcome.excluded} == {("fa3", "no")}
     q, k, v = rmse.draw(shape, "normal", "cpu")
-    exact, _ = reference.attention(q, k, v)
+    exact, _ = reference.attention(q, k, v, causal=causal)
     rounded = (exact.half().double() - exact).square().mean().sqrt().item()
     assert found["hopper_attention", "normal"] == pytest.approx(rounded)
 

@@ -15,15 +15,23 @@ UNIT = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # half the spacing at
 DTYPES = list(UNIT)
 
 TILES = [
-    {"dtype": d, "head_dim": qk, "head_dim_v": v, "mask": mask, "tile_m": m, "tile_n": n}
+    {
+        "dtype": d,
+        "head_dim": qk,
+        "head_dim_v": v,
+        "mask": mask,
+        "tile_m": m,
+        "tile_n": n,
+        "min_keys": keys,
+    }
     for d in ("float16", "bfloat16")
-    for qk, v, mask, m, n in (
-        (256, 256, "full", 128, 80),
-        (192, 192, "full", 128, 112),
-        (192, 128, "full", 128, 128),
-        (128, 128, "full", 128, 176),
-        (128, 128, "masked", 128, 96),
-        (64, 64, "full", 192, 128),
+    for qk, v, mask, m, n, keys in (
+        (256, 256, "full", 128, 80, 0),
+        (192, 192, "full", 128, 112, 0),
+        (192, 128, "full", 128, 128, 0),
+        (128, 128, "full", 128, 176, 4097),
+        (128, 128, "masked", 128, 96, 0),
+        (64, 64, "full", 192, 128, 0),
     )
 ]
 
@@ -150,8 +158,8 @@ def test_probabilities_are_summed_before_they_are_rounded():
 
 @pytest.mark.parametrize("score", [3.3125, 8.0])
 def test_largest_probability_is_exact(score):
-    # The right block's one key has score 0 and value 0, the left one's a higher score. The reference
-    # follows the maximum, so the left key's P is exactly 1 and its rounding costs nothing.
+    # The right block's one key has score 0 and value 0, the left one's a higher score. The
+    # reference follows the maximum, so the left key's P is exactly 1: rounding it costs nothing.
     q = torch.ones(1, 1, 1, 8)
     k = torch.zeros(1, 1, 2, 8)
     k[0, 0, 0, 0] = score
@@ -268,7 +276,7 @@ def test_chunks_of_heads_change_nothing(monkeypatch):
     ],
 )
 def test_tile_is_the_smallest_that_holds_the_head_dims(dtype, head_dims, masked, tile):
-    assert emulation.kernel_tile(dtype, *head_dims, masked=masked) == tile
+    assert emulation.kernel_tile(dtype, *head_dims, 8192, masked=masked) == tile
 
 
 @pytest.mark.usefixtures("tiles_file")
@@ -291,13 +299,19 @@ def test_attention_asks_for_the_kernels_tile(monkeypatch, arguments, masked):
     )
     q, k, v = random_qkv(torch.float16, seqlen_q=30, seqlen_k=30)
     emulation.attention(q, k, v, **arguments)
-    assert asked == [(torch.float16, 64, 64, masked)]
+    assert asked == [(torch.float16, 64, 64, 30, masked)]
+
+
+@pytest.mark.usefixtures("tiles_file")
+def test_few_keys_run_in_the_masked_kernel_where_its_tiles_are_faster():
+    tile = lambda keys: emulation.kernel_tile(torch.float16, 128, 128, keys, masked=False)  # noqa: E731
+    assert (tile(4096), tile(4097)) == ((128, 96), (128, 176))
 
 
 @pytest.mark.usefixtures("tiles_file")
 def test_no_tile_holds_the_head_dims():
     with pytest.raises(ValueError, match=r"no kernel .* holds head dimensions 264 .* pass tile="):
-        emulation.kernel_tile(torch.float16, 264, 264, masked=False)
+        emulation.kernel_tile(torch.float16, 264, 264, 128, masked=False)
 
 
 def test_tiles_unknown(tmp_path, monkeypatch):

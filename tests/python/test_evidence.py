@@ -28,6 +28,8 @@ MEASURE_AGAIN = "run: hopper-attention bench all --json benchmarks/results/h200.
 
 def wrong_evidence(evidence, current):
     """Says what is wrong with the GPU tests' outcome, as a list of sentences."""
+    if not set(evidence) & {"device", "date", "sources", "passed", "failed", "skipped"}:
+        return [f"it holds no results; {TEST_AGAIN}"]
     found = [
         f"it has no {name}" for name in ("device", "date", "sources") if not evidence.get(name)
     ]
@@ -156,6 +158,13 @@ def test_missing_files_are_refused(files):
     found, pending = judge(*files, CURRENT)
     assert len(found) == 2
     assert pending is None
+
+
+def test_evidence_that_is_only_pending_says_what_to_do(files):
+    files[0].write_text('{"pending": "no card"}')
+    found, pending = judge(*files, CURRENT)
+    assert found == [f"evidence.json: it holds no results; {TEST_AGAIN}"]
+    assert pending == "no card"
 
 
 def test_pending_is_passed_on_with_what_is_wrong(files):

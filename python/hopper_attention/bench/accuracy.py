@@ -22,9 +22,10 @@ SAMPLE_HEADS = 4
 SAMPLE_BATCHES = 2
 
 SAMPLE_NOTE = (
-    f"rmse: against attention in float64, over whole rows: at most {SAMPLE_ROWS} random queries, "
-    f"the first and the last among them, of {SAMPLE_HEADS} random heads of {SAMPLE_BATCHES} random "
-    "sequences, the same for every contestant (suite rmse: over all rows)"
+    "rmse: against attention in float64 of the same 16-bit inputs. It is taken over whole rows, "
+    f"each with all of its keys: at most {SAMPLE_ROWS} random queries, the first and the last "
+    f"among them, of {SAMPLE_HEADS} random heads of {SAMPLE_BATCHES} random sequences, the same "
+    "for every contestant; in suite rmse over all rows"
 )
 
 # A contestant's largest error may be twice that of PyTorch in the same precision, plus this.

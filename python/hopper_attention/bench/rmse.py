@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hopper_attention.bench import accuracy
+from hopper_attention import reference
 from hopper_attention.bench.contestants import Contestant, UnavailableError
 from hopper_attention.bench.records import make_record
 from hopper_attention.bench.runner import (
@@ -21,6 +21,8 @@ from hopper_attention.bench.runner import (
 from hopper_attention.bench.shapes import Shape
 from hopper_attention.bench.timing import Clock, CudaClock
 from hopper_attention.study.distributions import DISTRIBUTIONS, random_inputs
+from hopper_attention.study.inputs import AttentionInputs
+from hopper_attention.study.standard import standard_attention
 
 STANDARD = "standard"
 
@@ -104,9 +106,16 @@ def _errors(
         for h in range(shape.heads):
             at = slice(b, b + 1), slice(None), slice(h, h + 1)
             part = q[at], k[at], v[at]
-            exact = accuracy.exact(*part)
+            exact, _ = reference.attention(*part, causal=shape.causal, window_size=shape.window)
             values = {name: out[at] for name, out in outputs.items()}
-            values[STANDARD] = accuracy.standard(*part)
+            values[STANDARD] = standard_attention(
+                AttentionInputs(
+                    *part,
+                    softmax_scale=shape.head_dim**-0.5,
+                    causal=shape.causal,
+                    window_size=shape.window,
+                )
+            )
             for name, value in values.items():
                 squares[name] += (value.double() - exact).square().sum().item()
     count = shape.batch * shape.seqlen_q * shape.heads * shape.head_dim_v

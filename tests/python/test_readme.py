@@ -1,0 +1,154 @@
+"""README.md and docs/ hold the figures that stored results give; their links lead somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    path = ROOT / "tools" / "readme_tables.py"
+    spec = importlib.util.spec_from_file_location("readme_tables", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stored_sections(tables):
+    found = {}
+    for page in tables.PAGES:
+        found |= tables.sections_of(page.read_text(encoding="utf-8"))
+    return found
+
+
+NAMES = [
+    "headline",
+    "machine",
+    "forward",
+    "shapes",
+    "host",
+    "rmse",
+    "evidence",
+    "study",
+    "tiles",
+]
+
+
+def test_every_section_is_checked(tables):
+    made, missing = tables.make_sections()
+    assert {*made, *missing} == set(NAMES)
+    assert set(stored_sections(tables)) == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sections_hold_what_the_results_give(tables, name):
+    made, missing = tables.make_sections()
+    if name in missing:
+        pytest.skip(f"there is no {missing[name].name}")
+    assert stored_sections(tables)[name] == made[name], "out of date; run: make readme"
+
+
+def test_each_section_is_in_one_page_and_closed(tables):
+    text = "\n".join(page.read_text(encoding="utf-8") for page in tables.PAGES)
+    begun = re.findall(r"^<!-- begin (\w+) -->$", text, re.MULTILINE)
+    assert sorted(begun) == sorted(NAMES)
+    assert sorted(re.findall(r"^<!-- end (\w+) -->$", text, re.MULTILINE)) == sorted(NAMES)
+
+
+def test_local_links_lead_somewhere():
+    broken = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, anchor = target.partition("#")
+            if "://" in target:
+                continue
+            found = (page.parent / path).exists() if path else anchor in anchors(text)
+            if not found:
+                broken.append(f"{page.name}: {target}")
+    assert not broken, "\n".join(broken)
+
+
+def anchors(text):
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def record(impl, tflops, **changes):
+    fields = {
+        "suite": "forward",
+        "impl": impl,
+        "dtype": "bfloat16",
+        "head_dim": 64,
+        "head_dim_v": 64,
+        "batch": 16,
+        "seqlen_q": 1024,
+        "seqlen_k": 1024,
+        "heads": 32,
+        "heads_kv": 32,
+        "causal": False,
+        "window": [-1, -1],
+        "layout": "bshd",
+        "tflops": tflops,
+        "run": "one",
+    }
+    return fields | changes
+
+
+def document(*rows):
+    return {"device": "a card", "date": "2026-01-02T03:04:05Z", "records": list(rows)}
+
+
+def test_the_forward_table(tables):
+    long = {"batch": 2, "seqlen_q": 8192, "seqlen_k": 8192}
+    results = document(
+        record("hopper_attention", 450.4),
+        record("fa3", 300.0),
+        record("cudnn", 500.4),
+        record("hopper_attention", 600.0, **long),
+        record("fa3", 500.0, **long),
+    )
+    lines = tables.forward(results).splitlines()
+    assert lines[0] == "| d | mask | TFLOP/s | 1k | 8k |"
+    assert lines[2] == "| 64 | full | hopper-attention | 450 | 600 |"
+    assert lines[4] == "| 64 | full | cuDNN | 500 | – |"
+    assert lines[5] == "|  |  | **ours / best peer** | **0.90** | **1.20** |"
+    assert "at 1.04 times the speed" in tables.headline(results)  # sqrt(0.90 * 1.20)
+    assert "least ratio is 0.90 (bf16 d64 full b16 s1024 h32)" in tables.headline(results)
+
+
+def test_a_changed_figure_changes_the_page(tables):
+    results = document(record("hopper_attention", 450.0), record("fa3", 500.0))
+    page = "a\n\n<!-- begin forward -->\n\nold\n\n<!-- end forward -->\n\n<!-- begin other -->\n"
+    new = tables.replace_sections(page, {"forward": tables.forward(results)})
+    assert tables.sections_of(new) == {"forward": tables.forward(results)}
+    assert new.startswith("a\n")
+    assert new.endswith("<!-- begin other -->\n")
+    assert tables.replace_sections(new, {"forward": tables.forward(results)}) == new
+
+
+@pytest.mark.parametrize(
+    "found, words",
+    [
+        ({"device": "a card", "date": "2026-01-02T", "passed": 9, "failed": 1, "skipped": 0}, "9 "),
+        ({"pending": "no card yet"}, "**Pending: no card yet.**"),
+    ],
+)
+def test_the_evidence_is_told_as_it_is(tables, found, words):
+    text = tables.evidence(found)
+    assert words in text
+    assert ("1 failed" in text) == ("failed" in found)
+
+
+def test_the_stored_study_is_a_whole_one(tables):
+    settings = json.loads(tables.STUDY.read_text(encoding="utf-8"))["settings"]
+    assert settings["sources"] == ["model", "normal", "outliers"]
+    assert settings["layers"] is None
