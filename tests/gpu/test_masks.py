@@ -149,6 +149,6 @@ def test_huge_scores_neither_hang_nor_leak(causal, head_dim):
         q = torch.full(shape, entry, dtype=torch.float16, device="cuda")
         out = attention(q, q, torch.ones_like(q), causal=causal)[0]
         torch.cuda.synchronize()
-        if entry == 1000.0:
-            assert (out == 1.0).all()
+        if entry == 1000.0:  # a factor near 1, of which P's rounding remains
+            assert ((out - 1.0).abs() <= 2.0**-10).all()
     check(*Problem(seqlen_q=333, seqlen_k=500, head_dim=head_dim).inputs(), causal=causal)

@@ -304,8 +304,8 @@ def test_attention_asks_for_the_kernels_tile(monkeypatch, arguments, masked):
 
 @pytest.mark.usefixtures("tiles_file")
 def test_few_keys_run_in_the_masked_kernel_where_its_tiles_are_faster():
-    tile = lambda keys: emulation.kernel_tile(torch.float16, 128, 128, keys, masked=False)  # noqa: E731
-    assert (tile(4096), tile(4097)) == ((128, 96), (128, 176))
+    for keys, tile in ((4096, (128, 96)), (4097, (128, 176))):
+        assert emulation.kernel_tile(torch.float16, 128, 128, keys, masked=False) == tile
 
 
 @pytest.mark.usefixtures("tiles_file")
