@@ -24,8 +24,8 @@ class Explanation:
     Attributes:
         instance: the kernel's name, a row of hopper/forward/instances.def.
         dtype: float16 or bfloat16.
-        mask: "full", or "masked" for the general kernel: where a mask, a soft cap or a scale that is
-            not positive asks for it, or where its tiles are faster.
+        mask: "full", or "masked" for the general kernel: where a mask, a soft cap or a scale that
+            is not positive asks for it, or where its tiles are faster.
         tile_m: query rows a block works on.
         tile_n: keys a step.
         stages: buffers of K, and as many of V.

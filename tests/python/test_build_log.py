@@ -26,6 +26,8 @@ OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outsid
 EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "fp16_d256_full": OUTSIDE_THE_LOOP,
     "bf16_d256_full": OUTSIDE_THE_LOOP,
+    "fp16_d256_masked": OUTSIDE_THE_LOOP,
+    "bf16_d256_masked": OUTSIDE_THE_LOOP,
 }
 # ptxas's advisories that do no harm here, by number, each with the reason.
 EXPLAINED_ADVISORIES: dict[str, str] = {}
