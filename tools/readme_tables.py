@@ -103,10 +103,10 @@ def headline(results: Document) -> str:
 
 def machine(results: Document) -> str:
     """Where and when the figures were measured."""
-    ceilings = results["ceilings"]
+    run, ceilings = records.run_of(results, "forward")
     return (
         f"{results['device']}, driver {results['driver']}, CUDA {results['cuda']}, PyTorch "
-        f"{results['torch']}, {results['date']}. In the same run a bf16 matrix product of 8192³ "
+        f"{results['torch']}, {run}. In the same run a bf16 matrix product of 8192³ "
         f"reached {ceilings['matmul_bf16_tflops']:.0f} TFLOP/s, and a device copy "
         f"{ceilings['copy_gbps']:,.0f} GB/s read plus written."
     )

@@ -84,6 +84,18 @@ def test_records_of_other_sources_or_cards_are_dropped(change, words):
     assert words in sentence
 
 
+def test_each_run_keeps_its_ceilings_while_it_has_records():
+    first = {**HEADER, "ceilings": {"1": {"copy_gbps": 4000.0}}}
+    second = {**HEADER, "ceilings": {"2": {"copy_gbps": 4200.0}}}
+    old, _ = records.merge(None, first, [forward("fa3", 600.0), forward("fa3", 610.0, LONGER)])
+    both, _ = records.merge(old, second, [forward("fa3", 620.0, run="2")])
+    assert both["ceilings"] == {"1": {"copy_gbps": 4000.0}, "2": {"copy_gbps": 4200.0}}
+    assert records.run_of(both, "forward") == ("2", {"copy_gbps": 4200.0})
+    last, _ = records.merge(both, second, [forward("fa3", 630.0, LONGER, run="2")])
+    assert last["ceilings"] == {"2": {"copy_gbps": 4200.0}}
+    assert records.run_of({**last, "ceilings": {}}, "forward") == ("2", {})
+
+
 def test_records_of_unknown_sources_are_never_kept():
     unknown = {**HEADER, "sources": None}
     old, _ = records.merge(None, unknown, [forward("fa3", 700.0, LONGER)])

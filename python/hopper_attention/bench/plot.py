@@ -8,6 +8,7 @@ from typing import Any
 
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import Comparison, compare_records
+from hopper_attention.bench.records import run_of
 
 _LABELS = {
     OURS: "hopper-attention",
@@ -41,7 +42,7 @@ def plot_forward(document: Mapping[str, Any], path: Path) -> None:
 
     head_dims = sorted({one.shape.head_dim for one in comparisons})
     masks = [m for m in ("full", "causal") if any(one.shape.mask == m for one in comparisons)]
-    ceiling = (document.get("ceilings") or {}).get("matmul_bf16_tflops")
+    ceiling = run_of(document, "forward")[1].get("matmul_bf16_tflops")
     figure, axes = plt.subplots(
         len(masks),
         len(head_dims),

@@ -1,4 +1,4 @@
-"""Result files: a header, the ceilings of the last run, and one record for each measurement."""
+"""Result files: a header, the ceilings of each run, and one record for each measurement."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def merge(
 
     Args:
         old: The file's content, or None where there is none yet.
-        header: The new run's `HEADER` fields, ceilings and notes.
+        header: The new run's `HEADER` fields, notes, and ceilings by run.
         records: The new run's records.
 
     Returns:
@@ -117,8 +117,25 @@ def merge(
     measured = {key_of(record) for record in new}
     kept = [record for record in old["records"] if key_of(record) not in measured]
     replaced = len(old["records"]) - len(kept)
-    merged = {**header, "records": sorted(kept + new, key=_order)}
+    runs = {record["run"] for record in kept + new}
+    ceilings = {**old.get("ceilings", {}), **header.get("ceilings", {})}
+    ceilings = {run: found for run, found in ceilings.items() if run in runs}
+    merged = {**header, "ceilings": ceilings, "records": sorted(kept + new, key=_order)}
     return merged, f"{len(new)} records, {replaced} of them in place of old ones; {len(kept)} kept"
+
+
+def run_of(document: Mapping[str, Any], suite: str) -> tuple[str, dict[str, float]]:
+    """Returns when the last run of a suite began, and the card's ceilings in that run.
+
+    Args:
+        document: A result file's content.
+        suite: Name of a suite that has records.
+
+    Returns:
+        The run, and ``{"matmul_bf16_tflops": ..., "copy_gbps": ...}``, empty if not measured.
+    """
+    run = max(record["run"] for record in document["records"] if record["suite"] == suite)
+    return run, dict(document.get("ceilings", {}).get(run, {}))
 
 
 def _order(record: Record) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ class Session:
     def document(self) -> dict[str, Any]:
         """Makes the result file's content, old records that still hold included."""
         ceilings = self.ceilings.result() if self.ceilings else {}
-        header = {**self.header, "ceilings": ceilings, "notes": NOTES}
+        header = {**self.header, "ceilings": {self.header["date"]: ceilings}, "notes": NOTES}
         document, self.kept = records.merge(self._old, header, self.outcome.records)
         return document
 

@@ -185,7 +185,7 @@ def _run(console: Console, work: Any) -> str | None:
 
 
 def _print_machine(console: Console, document: dict[str, Any]) -> None:
-    ceilings = document.get("ceilings") or {}
+    ceilings = document.get("ceilings", {}).get(document.get("date"))
     parts = [
         str(document.get("device")),
         f"driver {document.get('driver')}",
