@@ -84,8 +84,8 @@ def _torch() -> Iterator[Check]:
         "PyTorch's CUDA",
         False,
         "none: this is a build for CPUs",
-        "install a CUDA build, such as PyPI's for Linux: "
-        "pip install --force-reinstall torch --index-url https://pypi.org/simple",
+        "install a CUDA build: PyPI's for Linux is one (pip install --force-reinstall torch, "
+        "without a further index)",
     )
 
 
