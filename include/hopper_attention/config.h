@@ -50,49 +50,52 @@ constexpr MaskKind tile_mask(int tile_head_dim, bool full, int seqlen_k) {
   return full && wide ? MaskKind::kFull : MaskKind::kMasked;
 }
 
-// The reasons' figures are multiprocessor cycles of an H200 at s = 16384 (docs/performance.md).
+// The table of choices, a row a kernel. The reasons' figures are multiprocessor cycles of an H200
+// at s = 16384 (docs/performance.md).
 constexpr ForwardConfig make_forward_config(ForwardKey key) {
+  constexpr Schedule kAfterMaxima = Schedule::kAfterMaxima;
+  constexpr Schedule kAfterHalfRow = Schedule::kAfterHalfRow;
+  constexpr Schedule kAfterRow = Schedule::kAfterRow;
+  constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
   const bool full = key.mask == MaskKind::kFull;
-  if (key.head_dim == 64) {
-    return {key,   128,
-            2,     3,
-            true,  full ? Schedule::kAfterRow : Schedule::kAfterMaxima,
-            false, "three consumers hide exp2; without ping-pong 4 to 9% slower"};
+  // clang-format off
+  // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason}
+  switch (key.head_dim) {
+    case 64:
+      return full
+        ? ForwardConfig{key, 128, 2, 3, true, kAfterRow, false,
+                        "three consumers hide exp2; without ping-pong 4 to 9% slower"}
+        : ForwardConfig{key, 128, 2, 3, true, kAfterMaxima, false,
+                        "three consumers hide exp2; waiting after half a row is 4% slower"};
+    case 96:
+      return full
+        ? ForwardConfig{key, 112, 2, 3, true, kAfterRow, false,
+                        "three consumers: S 56, P 28 and O 48 registers of 160"}
+        : ForwardConfig{key, 96, 2, 3, true, kAfterMaxima, false,
+                        "three consumers: S 48, P 24 and O 48 registers of 160; 112 keys spill"};
+    case 128:
+      return full
+        ? ForwardConfig{key, 176, 2, 2, true, kAfterRow, false,
+                        "widest that fits: S 88, P 44, O 64 registers and 208 KiB"}
+        : ForwardConfig{key, 128, 2, 2, true, kAfterHalfRow, false,
+                        "square tiles waste least on the diagonal"};
+    case 192:
+      if (key.head_dim_v == 128) {
+        return {key, 128, 2, 2, true, kAfterHalfRow, false, "208 KiB at two stages"};
+      }
+      return full
+        ? ForwardConfig{key, 112, 2, 2, false, kAfterHalfRow, true,
+                        "216 KiB at two stages: the widest that fits"}
+        : ForwardConfig{key, 112, 2, 2, false, kBetweenRows, false,
+                        "216 KiB at two stages: the widest that fits"};
+    default:
+      return full
+        ? ForwardConfig{key, 80, 2, 2, false, kAfterHalfRow, true,
+                        "224 KiB at two stages: the widest that fits"}
+        : ForwardConfig{key, 80, 2, 2, false, kBetweenRows, false,
+                        "224 KiB at two stages: the widest that fits; ping-pong costs 3%"};
   }
-  if (key.head_dim == 96) {
-    // The masked kernel holds more besides, and spills at 112 keys.
-    return full ? ForwardConfig{key,   112,
-                                2,     3,
-                                true,  Schedule::kAfterRow,
-                                false, "three consumers: S 56, P 28 and O 48 registers of 160"}
-                : ForwardConfig{key,   96,
-                                2,     3,
-                                true,  Schedule::kAfterMaxima,
-                                false, "three consumers: S 48, P 24 and O 48 registers of 160"};
-  }
-  if (key.head_dim == 128) {
-    return full ? ForwardConfig{key,   176,
-                                2,     2,
-                                true,  Schedule::kAfterRow,
-                                false, "widest that fits: S 88, P 44, O 64 registers and 208 KiB"}
-                : ForwardConfig{key,   128,
-                                2,     2,
-                                true,  Schedule::kAfterHalfRow,
-                                false, "square tiles waste least on the diagonal"};
-  }
-  if (key.head_dim == 192 && key.head_dim_v == 128) {
-    return {key, 128, 2, 2, true, Schedule::kAfterHalfRow, false, "208 KiB at two stages"};
-  }
-  if (key.head_dim == 192) {
-    return {key,   112,
-            2,     2,
-            false, full ? Schedule::kAfterHalfRow : Schedule::kBetweenRows,
-            full,  "216 KiB at two stages: the widest that fits"};
-  }
-  return {key,   80,
-          2,     2,
-          false, full ? Schedule::kAfterHalfRow : Schedule::kBetweenRows,
-          full,  "224 KiB at two stages: the widest that fits; ping-pong costs 3% causal"};
+  // clang-format on
 }
 
 }  // namespace hopper_attention
