@@ -69,7 +69,7 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
       load_v(blocks.begin, head, tile.batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
-    // its longest one, and the longest tiles would pair up (8% of a causal run at 16k).
+    // its longest one, and the longest tiles would pair up (4% of a causal run at 16k).
     work_idx = source.draw(params, work_idx);
   }
   source.publish(barriers, kNoMoreTiles);

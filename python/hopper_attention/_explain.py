@@ -89,13 +89,7 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any)
     for name in _WITHOUT_EFFECT:
         del call.arguments[name]
     scalars = normalise(**call.arguments)
-    dims = checks.attention_dims(q, k, v)
-    batch, seqlen_q, seqlen_k, heads, _, head_dim, head_dim_v = dims
-    dtype = checks.kernel_limits(q.dtype, head_dim, head_dim_v)
-    softmax_scale, _, window_left, window_right, softcap, sm_margin = scalars
-    checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
-    checks.lengths(batch, seqlen_q, seqlen_k, heads)
-
+    dtype, dims = checks.request(q, k, v, scalars)
     strides = (planned_strides(q), planned_strides(k), planned_strides(v))
     request = ops.problem(dtype, dims, strides, scalars)
     answer = json.loads(_library.load().explain_forward(*request))

@@ -145,6 +145,35 @@ def lengths(batch: int, seqlen_q: int, seqlen_k: int, heads: int) -> None:
             raise ValueError(f"{name} must be at most {MAX_LENGTH}, got {length}")
 
 
+def request(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scalar_arguments: tuple[float, bool, int, int, float, int],
+) -> tuple[int, Dims]:
+    """Checks all that the kernels ask of a call but its device, addresses and strides.
+
+    Args:
+        q: as `attention_dims` takes it.
+        k: likewise.
+        v: likewise.
+        scalar_arguments: the operator's arguments after them.
+
+    Returns:
+        The dtype's code in the C interface, and the dimensions.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as the functions above.
+    """
+    dims = attention_dims(q, k, v)
+    batch, seqlen_q, seqlen_k, heads, _, head_dim, head_dim_v = dims
+    code = kernel_limits(q.dtype, head_dim, head_dim_v)
+    softmax_scale, _, window_left, window_right, softcap, sm_margin = scalar_arguments
+    scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
+    lengths(batch, seqlen_q, seqlen_k, heads)
+    return code, dims
+
+
 def no_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raises NotImplementedError where autograd would need a backward pass."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -97,12 +97,8 @@ def _make_plan(
     scalars: tuple[float, bool, int, int, float, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan]:
     """Checks a call; returns its tensors, copied where kernels cannot read them, and its plan."""
-    dims = checks.attention_dims(q, k, v)
-    batch, seqlen_q, seqlen_k, heads, _, head_dim, head_dim_v = dims
-    dtype = checks.kernel_limits(q.dtype, head_dim, head_dim_v)
-    softmax_scale, _, window_left, window_right, softcap, sm_margin = scalars
-    checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
-    checks.lengths(batch, seqlen_q, seqlen_k, heads)
+    dtype, dims = checks.request(q, k, v, scalars)
+    batch, seqlen_q, _, heads, _, _, head_dim_v = dims
     views = [kernel_view(x) for x in (q, k, v)]
     strides = (views[0][1], views[1][1], views[2][1])
     out_shape = (batch, seqlen_q, heads, head_dim_v)
