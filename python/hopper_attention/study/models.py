@@ -130,18 +130,24 @@ def sequences(
     special = tokenizer.num_special_tokens_to_add()
     if context <= special:
         raise StudyError(f"--context is {context}; {loaded.name} needs at least {special + 1}")
-    if tokenizer.is_fast:
-        encoded = tokenizer(
-            text, truncation=True, max_length=context, return_overflowing_tokens=True
-        )
-        rows = encoded["input_ids"]
-    else:
-        # Python tokenizers return the overflow in a form of their own. Without special tokens.
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        rows = [ids[start : start + context] for start in range(0, len(ids), context)]
+    # Cut here rather than by the tokenizer, whose overflow has another form in each release.
+    before, after = _special_tokens(tokenizer)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    step = context - len(before) - len(after)
+    rows = [[*before, *ids[i : i + step], *after] for i in range(0, max(len(ids), 1), step)]
     longest = len(rows[0])
     whole = [torch.tensor(row) for row in rows if len(row) == longest]
     return whole[: max(1, max_tokens // longest)]
+
+
+def _special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that the tokenizer puts before and after a text."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start], whole[start + len(bare) :]
+    return [], []
 
 
 def _context(model: Any, tokenizer: Any) -> int:
