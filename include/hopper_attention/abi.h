@@ -35,8 +35,15 @@ typedef enum hopper_attention_status {
 
 typedef enum hopper_attention_dtype {
   HOPPER_ATTENTION_FLOAT16 = 0,
-  HOPPER_ATTENTION_BFLOAT16 = 1
+  HOPPER_ATTENTION_BFLOAT16 = 1,
+  HOPPER_ATTENTION_E4M3 = 2  // 8 bits: 4 of exponent, 3 of mantissa; up to 448, no infinities
 } hopper_attention_dtype;
+
+// How e4m3 products are added up. Hopper's FP8 tensor cores keep about 14 bits of an accumulator.
+typedef enum hopper_attention_accumulation {
+  HOPPER_ATTENTION_ACCUMULATE_FP32 = 0,  // each key block apart, and the blocks in float32
+  HOPPER_ATTENTION_ACCUMULATE_FAST = 1   // all of it on the tensor cores: wrong for long contexts
+} hopper_attention_accumulation;
 
 // Dense forward attention: O = softmax(scale * Q K^T + mask) V, one sequence length for the batch.
 typedef struct hopper_attention_forward_args {
@@ -48,13 +55,13 @@ typedef struct hopper_attention_forward_args {
   void* out;      // (batch, seqlen_q, heads, head_dim_v), 16-byte aligned, written whole
   float* lse;     // (batch, heads, seqlen_q) contiguous, natural logarithm; may be null
 
-  // Element strides of batch, sequence and head; multiples of 8 (16 bytes, TMA's granule) or 0.
+  // Element strides of batch, sequence and head; multiples of 16 bytes (TMA's granule) or 0.
   int64_t q_stride_batch, q_stride_seq, q_stride_head;
   int64_t k_stride_batch, k_stride_seq, k_stride_head;
   int64_t v_stride_batch, v_stride_seq, v_stride_head;
   int64_t out_stride_batch, out_stride_seq, out_stride_head;
 
-  int32_t dtype;  // hopper_attention_dtype of q, k, v and out
+  int32_t dtype;  // hopper_attention_dtype of q, k and v, and of out but for e4m3
   int32_t batch;
   int32_t seqlen_q;
   int32_t seqlen_k;
@@ -77,6 +84,29 @@ typedef struct hopper_attention_forward_args {
   // call leaves it zero again. Calls that may run at the same time need one each.
   void* workspace;
   void* stream;  // cudaStream_t; null is the default stream
+
+  // The rest is for e4m3 alone, and must be zero for other dtypes. Strides of e4m3 tensors are
+  // multiples of 16 elements.
+  int32_t out_dtype;     // of out: HOPPER_ATTENTION_FLOAT16 or HOPPER_ATTENTION_BFLOAT16
+  int32_t accumulation;  // hopper_attention_accumulation
+  // 1: v is (batch, heads_kv, head_dim_v, seqlen_k rounded up to 128) with contiguous keys in the
+  // order of fp8.h's key_of_slot, zero past seqlen_k; v_stride_seq is that between channels.
+  int32_t v_transposed;
+  // Tokens that one scale covers: 1, 128, or 0 for the whole sequence.
+  int32_t q_descale_tokens, k_descale_tokens;
+  int32_t q_descale_per_kv;  // 1: q_descale has a row for each of heads_kv heads; 0: of heads
+  // What a stored value is to be multiplied by; positive. Null is 1.
+  const float* q_descale;  // (batch, heads or heads_kv, 1 or blocks or seqlen_q)
+  const float* k_descale;  // (batch, heads_kv, 1 or blocks or seqlen_k)
+  const float* v_descale;  // (batch, heads_kv, 1 or head_dim_v)
+  // (batch, heads_kv, seqlen_k), in (0, 1]: a token's scale over v_descale. Null is 1.
+  const float* v_token_factor;
+  // Strides in floats; along tokens they are 1.
+  int64_t q_descale_stride_batch, q_descale_stride_head;
+  int64_t k_descale_stride_batch, k_descale_stride_head;
+  int64_t v_descale_stride_batch, v_descale_stride_head;
+  int64_t v_descale_stride_channel;  // 0: one scale for all channels; 1
+  int64_t v_token_factor_stride_batch, v_token_factor_stride_head;
 } hopper_attention_forward_args;
 
 // Enqueues the kernel. HOPPER_ATTENTION_OK does not mean that it has run.
