@@ -10,32 +10,41 @@ namespace hopper_attention {
 // Divides O by the row sums, multiplies it by V's scales and returns each row's log-sum-exp; a row
 // without keys gets 0 and -inf.
 template <class Traits, class Output>
-CUTE_DEVICE void finish_fp8(ForwardParams const& params, Fp8Softmax<Traits>& softmax, Output& rO,
-                            WorkTile tile, int thread, float (&lse)[kRowsPerThread]) {
+CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                            Fp8Softmax<Traits>& softmax, Output& rO, TileMessage const& message,
+                            int consumer, int thread, float (&lse)[kRowsPerThread]) {
   const ScaleParams& scales = params.scales;
   constexpr int kSize = Traits::kHeadDimV / 2;
   float factor[kRowsPerThread];
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
+    auto add = [](float a, float b) { return a + b; };
     float total;
-    if constexpr (Traits::kOnes) total = rO(kSize + 2 * r);  // each of the ones' columns has it
-    if (!Traits::kOnes || scales.v_token_factor != nullptr) {
-      total = quad_reduce(softmax.sum[r], [](float a, float b) { return a + b; });
+    if constexpr (Traits::kOnes) {
+      total = rO(kSize + 2 * r);  // each of the ones' columns has it
+    } else {
+      total = quad_reduce(softmax.sum[r], add);
+    }
+    if constexpr (Traits::kTokenSums) {
+      if (scales.v_token_factor != nullptr) {
+        total = quad_reduce(shared.row_sums[consumer][row_sum_index(r)], add);
+      }
     }
     factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
     lse[r] = softmax.log_sum_exp(total, r);
   }
-  if (scales.v != nullptr && scales.v_stride_channel == 0) {
-    const float v = __ldg(scales.v + tile.batch * scales.v_stride_batch +
-                          tile.head / params.heads_per_kv * scales.v_stride_head);
+  const float* channels = scales.v == nullptr ? nullptr
+                                              : scales.v +
+                                                    message.tile.batch * scales.v_stride_batch +
+                                                    message.head_kv * scales.v_stride_head;
+  if (channels != nullptr && scales.v_stride_channel == 0) {
+    const float v = __ldg(channels);
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) factor[r] *= v;
   }
   CUTE_UNROLL
   for (int i = 0; i < kSize; ++i) rO(i) *= factor[fragment_row(i)];
-  if (scales.v == nullptr || scales.v_stride_channel == 0) return;
-  const float* channels = scales.v + tile.batch * scales.v_stride_batch +
-                          tile.head / params.heads_per_kv * scales.v_stride_head;
+  if (channels == nullptr || scales.v_stride_channel == 0) return;
   CUTE_UNROLL
   for (int j = 0; j < kSize / kRowsPerThread; ++j) {
     const int channel = thread % 4 * 2 + fragment_column(fragment_index(0, j));
@@ -45,20 +54,38 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, Fp8Softmax<Traits>& sof
   }
 }
 
-// Registers first to first + 31 (and so on) of O, in 16 bits, to a swizzled buffer.
+template <class Element>
+CUTE_DEVICE std::uint32_t pack(float low, float high) {
+  cutlass::NumericArrayConverter<Element, float, 2> convert;
+  const cutlass::Array<Element, 2> pair = convert({low, high});
+  return reinterpret_cast<std::uint32_t const&>(pair);
+}
+
+// A round of O, from its register `first` on, in 16 bits, to the swizzled slabs that TMA reads. The
+// addresses are made by hand: a slab's differ from the next one's by a constant, which CuTe's
+// swizzled pointers do not show, and 16 of them would be spilled at d256.
 template <class Traits, class Element, class Output>
 CUTE_DEVICE void stage_round(Output const& rO, int first, cute::half_t* buffer, int thread) {
-  using namespace cute;
-  using Round = Shape<typename Traits::M, Int<Traits::kRoundColumns>>;
-  Tensor r16 = make_tensor<Element>(partition_shape_C(typename Traits::MmaO{}, Round{}));
-  constexpr int kSize = decltype(size(r16))::value;
+  constexpr int kSlab = Traits::kSlabO;
+  constexpr int kChunks = kSlab / 8;  // of 16 bytes in a row of a slab
+  const int lane = thread % 32, matrix = lane / 8;
+  const int row = thread / 32 * 16 + matrix % 2 * 8 + lane % 8;
+  const int swizzle = row / (8 / kChunks) % kChunks;
   CUTE_UNROLL
-  for (int i = 0; i < kSize; ++i) r16(i) = static_cast<Element>(rO(first + i));
-  Tensor sO = make_tensor(make_smem_ptr(reinterpret_cast<Element*>(buffer)),
-                          typename Traits::LayoutO{});
-  auto copy_o = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaO{});
-  auto thread_copy = copy_o.get_thread_slice(thread);
-  copy(copy_o, thread_copy.retile_S(r16), thread_copy.partition_D(sO));
+  for (int pair = 0; pair < kChunks / 2; ++pair) {  // 16 columns of every slab
+    const int chunk = (2 * pair + matrix / 2) ^ swizzle;
+    cute::half_t* address = buffer + row * kSlab + chunk * 8;
+    CUTE_UNROLL
+    for (int slab = 0; slab < Traits::kRoundColumns / kSlab; ++slab) {
+      std::uint32_t registers[4];  // rows 0 to 7 and 8 to 15 of 8 columns, then of the next 8
+      CUTE_UNROLL
+      for (int i = 0; i < 4; ++i) {
+        const int element = first + (slab * kSlab + 16 * pair) / 2 + 2 * i;
+        registers[i] = pack<Element>(rO(element), rO(element + 1));
+      }
+      store_matrices(address + slab * kSlab * kConsumerRows, registers);
+    }
+  }
 }
 
 template <class Traits, class Output>

@@ -80,9 +80,9 @@ CUTE_DEVICE void transpose_values(ForwardParams const& params,
   TileSink<Traits> sink;
   Tensor sRaw = make_tensor(make_smem_ptr(shared.raw[0]), typename Traits::LayoutRaw{});
   Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{});
-  for (int work_idx = sink.next(barriers); work_idx != kNoMoreTiles;
-       work_idx = sink.next(barriers)) {
-    const BlockRange blocks = visited_blocks<Traits>(params, params.order(work_idx));
+  while (sink.next(barriers)) {
+    const BlockRange blocks = visited_blocks<Traits>(params, sink.tile(barriers).tile);
+    sink.release(barriers);
     for (int n_block = blocks.begin; n_block < blocks.end; ++n_block) {  // their number counts
       barriers.raw_full[raw_ring.stage].wait(raw_ring.phase);
       barriers.v_empty[ring.stage].wait(ring.phase ^ 1);

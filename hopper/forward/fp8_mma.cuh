@@ -13,6 +13,11 @@
 
 namespace hopper_attention {
 
+// Where this thread's part of a row's sum lies in shared memory.
+CUTE_DEVICE int row_sum_index(int row) {
+  return row * kWarpgroupThreads + threadIdx.x % kWarpgroupThreads;
+}
+
 // One consumer's state within a tile and the steps that both loops are made of.
 template <class Traits>
 struct Fp8Consumer {
@@ -25,7 +30,7 @@ struct Fp8Consumer {
   Ring<Traits::kStages>& v_ring;
   Turns<Traits> turns;
   Fp8Softmax<Traits>& softmax;
-  WorkTile tile;
+  TileSink<Traits> const& sink;
   int row;                          // this thread's first
   float row_scale[kRowsPerThread];  // Q's
   float key_scale;                  // of the block whose scores come next, if its keys share one
@@ -84,7 +89,7 @@ struct Fp8Consumer {
     }
     const int first_key = n_block * Traits::kTileN;
     if (scales_each_key(params)) {
-      scale_columns(rS, hopper_attention::key_scales(params, tile) + first_key, params.mask.seqlen_k - first_key);
+      scale_columns(rS, hopper_attention::key_scales(params, sink.tile(shared.barriers)) + first_key, params.mask.seqlen_k - first_key);
     }
     if (params.cap == 0.0f) return;
     CUTE_UNROLL
@@ -106,11 +111,13 @@ struct Fp8Consumer {
           for (int j = 0; j < decltype(cute::size(rS))::value / kRowsPerThread; ++j) {
             block_sum += rS(fragment_index(r, j));
           }
-          softmax.sum[r] = fmaf(softmax.sum[r], softmax.alpha[r], block_sum);
+          float& sum = shared.row_sums[turns.consumer][row_sum_index(r)];
+          sum = fmaf(sum, softmax.alpha[r], block_sum);
         }
       }
       const int first_key = n_block * Traits::kTileN;
-      scale_columns(rS, token_factors(params, tile) + first_key, params.mask.seqlen_k - first_key);
+      scale_columns(rS, token_factors(params, sink.tile(shared.barriers)) + first_key,
+                    params.mask.seqlen_k - first_key);
     }
   }
 
@@ -185,17 +192,19 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
   Tensor tSrQ = thread_qk.partition_fragment_A(sQ);   // (MMA, 1, d/32)
   Tensor tSrK = thread_qk.partition_fragment_B(sK);   // (MMA, 1, d/32, stages)
   Tensor tOrV = thread_pv.partition_fragment_B(sVt);  // (MMA, 1, tile_n/32, stages)
-  Tensor rS = partition_fragment_C(mma_qk, Shape<typename Traits::M, typename Traits::N>{});
-  Tensor rT = make_fragment_like(rO);  // a block's P V; not used where O is its own accumulator
+  auto make_s = [&] {
+    return partition_fragment_C(mma_qk, Shape<typename Traits::M, typename Traits::N>{});
+  };
   auto rP = make_p_fragment<Traits>();
   Fp8Softmax<Traits>& softmax = self.softmax;
   float owed[kRowsPerThread];  // alpha of the block in T
 
-  auto score = [&] {
+  auto score = [&](auto& rS) {
     self.turns.wait();
     issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, self.k_ring.stage), rS);
   };
-  auto multiply_values = [&] {
+  // rT: a block's P V; not used where O is its own accumulator.
+  auto multiply_values = [&](auto& rT) {
     self.wait_v();
     if constexpr (Traits::kFast) {
       issue_product<false>(mma_pv, rP, tOrV(_, _, _, self.v_ring.stage), rO);
@@ -203,7 +212,7 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
       issue_product<true>(mma_pv, rP, tOrV(_, _, _, self.v_ring.stage), rT);
     }
   };
-  auto take_values = [&] {
+  auto take_values = [&](auto& rT) {
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
     if constexpr (!Traits::kFast) warpgroup_fence_operand(rT);
@@ -212,10 +221,13 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
   };
   constexpr bool kHalf = Traits::kConfig.schedule == Schedule::kAfterHalfRow;
   constexpr bool kHolds = kHalf || Traits::kConfig.schedule == Schedule::kAfterRow;
+  // S and T begin anew in each step: a fragment that lived on would hold its registers.
   auto step = [&](int n_block, auto kPlain) {
+    auto rS = make_s();
+    Tensor rT = make_fragment_like(rO);
     self.wait_k();
-    score();
-    multiply_values();
+    score(rS);
+    multiply_values(rT);
     self.turns.pass();
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
     warpgroup_fence_operand(rS);
@@ -230,7 +242,7 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
       constexpr int kColumns = Traits::kTileN / 4;
       self.release_k(!(rS(fragment_index(0, kHalf ? kColumns / 2 : kColumns - 1)) < 0.0f));
     }
-    take_values();
+    take_values(rT);
     softmax.exponentiate(rS, 1);
     self.template fold_token_factors<kPlain>(rS, n_block);
     if constexpr (Traits::kFast) {
@@ -240,19 +252,23 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
     convert_to_e4m3(rS, rP);
   };
 
-  self.wait_k();
-  score();
-  self.turns.pass();
-  warpgroup_wait<0>();
-  warpgroup_fence_operand(rS);
-  self.release_k(true);
-  first_softmax(self, rS, rP, own, plain);
+  {
+    auto rS = make_s();
+    self.wait_k();
+    score(rS);
+    self.turns.pass();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rS);
+    self.release_k(true);
+    first_softmax(self, rS, rP, own, plain);
+  }
   for_blocks<Traits>(own, plain, step);
   release_q();
-  multiply_values();
+  Tensor rT = make_fragment_like(rO);
+  multiply_values(rT);
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) owed[r] = softmax.alpha[r];
-  take_values();
+  take_values(rT);
 }
 
 template <class Traits, class Output, class ReleaseQ>
@@ -272,47 +288,23 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
   Tensor tOrV = thread_pv.partition_fragment_B(sVt);  // (MMA, parts, tile_n/32, stages)
   Tensor rS = partition_fragment_C(mma_qk, Shape<typename Traits::M, typename Traits::N>{});
   using PartShape = Shape<typename Traits::M, Int<Traits::kPartColumns>>;
-  Tensor rT0 = partition_fragment_C(mma_pv, PartShape{});
-  Tensor rT1 = partition_fragment_C(mma_pv, PartShape{});
+  Tensor rT = partition_fragment_C(mma_pv, PartShape{});
   auto rP = make_p_fragment<Traits>();
   Fp8Softmax<Traits>& softmax = self.softmax;
 
-  auto multiply_part = [&](auto part, auto& rT) {
-    Tensor b = tOrV(_, Int<decltype(part)::value>{}, _, self.v_ring.stage);  // (MMA, tile_n/32)
-    auto layout = make_layout(get<0>(b.layout()), Layout<_1>{}, get<1>(b.layout()));
-    issue_product<true>(mma_pv, rP, make_tensor(b.data(), layout), rT);
-  };
-  auto fold_part = [&](auto part, auto& rT) {
-    warpgroup_fence_operand(rT);
-    Fp8Consumer<Traits>::fold(rO(_, _, Int<decltype(part)::value>{}), rT, softmax.alpha);
-  };
-  // P V but for the last part's fold, which runs under the next product.
+  // P V part by part. One T, not two in turn: ptxas would not put both where S was, and spill; the
+  // other consumer's products fill the gaps.
   auto multiply_values = [&] {
     self.wait_v();
-    multiply_part(Int<0>{}, rT0);
-    for_each(make_int_sequence<kParts - 1>{}, [&](auto i) {
-      constexpr int kNext = decltype(i)::value + 1;
-      if constexpr (kNext % 2 == 1) {
-        multiply_part(Int<kNext>{}, rT1);
-        warpgroup_wait<1>();
-        fold_part(i, rT0);
-      } else {
-        multiply_part(Int<kNext>{}, rT0);
-        warpgroup_wait<1>();
-        fold_part(i, rT1);
-      }
+    for_each(make_int_sequence<kParts>{}, [&](auto part) {
+      Tensor b = tOrV(_, Int<decltype(part)::value>{}, _, self.v_ring.stage);  // (MMA, tile_n/32)
+      auto layout = make_layout(get<0>(b.layout()), Layout<_1>{}, get<1>(b.layout()));
+      issue_product<true>(mma_pv, rP, make_tensor(b.data(), layout), rT);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rT);
+      if constexpr (decltype(part)::value == kParts - 1) self.release_v();
+      Fp8Consumer<Traits>::fold(rO(_, _, Int<decltype(part)::value>{}), rT, softmax.alpha);
     });
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rT0);
-    warpgroup_fence_operand(rT1);
-    self.release_v();
-  };
-  auto fold_last = [&] {
-    if constexpr (kParts % 2 == 1) {
-      fold_part(Int<kParts - 1>{}, rT0);
-    } else {
-      fold_part(Int<kParts - 1>{}, rT1);
-    }
   };
   auto score = [&] { issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, self.k_ring.stage), rS); };
   auto take_scores = [&] {
@@ -327,7 +319,6 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     self.wait_k();
     score();
     self.turns.pass();
-    fold_last();
     take_scores();
     self.template prepare<kPlain>(rS, n_block);
     self.fetch_scale(n_block - 1);
@@ -347,13 +338,13 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
   for_blocks<Traits>(own, plain, step);
   release_q();
   multiply_values();
-  fold_last();
 }
 
 // O of one consumer's rows of one tile with, where Traits::kOnes, the row sums behind it.
 template <class Traits, class Output>
 CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                        BlockRange blocks, WorkTile tile, int first_row, int consumer, int thread,
+                        TileSink<Traits> const& sink, BlockRange blocks, int first_row,
+                        int consumer, int thread,
                         Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
                         std::uint32_t q_phase, Fp8Softmax<Traits>& softmax, Output& rO) {
   const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
@@ -362,11 +353,17 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
                                : plain_blocks(params.mask, first_row, row_end, Traits::kTileN);
-  const bool share = params.scales.k != nullptr && !scales_each_key(params);
   Fp8Consumer<Traits> self{params, shared, k_ring, v_ring, Turns<Traits>{consumer}, softmax,
-                           tile,   row,    {},     1.0f,   nullptr};
-  if (share) self.key_scales = key_scales(params, tile);
-  read_row_scales(params, tile, row, self.row_scale);
+                           sink,   row,    {},     1.0f,   nullptr};
+  const TileMessage message = sink.tile(shared.barriers);
+  const bool share = params.scales.k != nullptr && !scales_each_key(params);
+  if (share) self.key_scales = key_scales(params, message);
+  read_row_scales(params, message, row, self.row_scale);
+  if constexpr (Traits::kTokenSums) {
+    if (params.scales.v_token_factor != nullptr) {
+      for (int r = 0; r < kRowsPerThread; ++r) shared.row_sums[consumer][row_sum_index(r)] = 0.0f;
+    }
+  }
   self.fetch_scale(own.end - 1);
   auto release_q = [&] {  // where O lies on Q, the epilogue releases it
     if constexpr (!Traits::kOverlayO) arrive_warp(shared.barriers.q_empty[consumer]);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "forward/params.h"
+#include "forward/scheduler.cuh"
 #include "forward/softmax.cuh"
 #include "hopper_attention/fp8.h"
 
@@ -121,11 +122,11 @@ CUTE_DEVICE void convert_to_e4m3(Scores const& s, Probabilities& p) {
 }
 
 // The scale of each of this thread's rows of Q.
-CUTE_DEVICE void read_row_scales(ForwardParams const& params, WorkTile tile, int first_row,
-                                 float (&row_scale)[kRowsPerThread]) {
+CUTE_DEVICE void read_row_scales(ForwardParams const& params, TileMessage const& message,
+                                 int first_row, float (&row_scale)[kRowsPerThread]) {
   const ScaleParams& scales = params.scales;
-  const int head = scales.q_per_kv ? tile.head / params.heads_per_kv : tile.head;
-  const float* q = scales.q + tile.batch * scales.q_stride_batch + head * scales.q_stride_head;
+  const int head = scales.q_per_kv ? message.head_kv : message.tile.head;
+  const float* q = scales.q + message.tile.batch * scales.q_stride_batch + head * scales.q_stride_head;
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int token = min(first_row + 8 * r, params.mask.seqlen_q - 1);
@@ -134,15 +135,15 @@ CUTE_DEVICE void read_row_scales(ForwardParams const& params, WorkTile tile, int
 }
 
 // K's scales and V's factors of one head.
-CUTE_DEVICE const float* key_scales(ForwardParams const& params, WorkTile tile) {
+CUTE_DEVICE const float* key_scales(ForwardParams const& params, TileMessage const& message) {
   const ScaleParams& scales = params.scales;
-  return scales.k + tile.batch * scales.k_stride_batch +
-         tile.head / params.heads_per_kv * scales.k_stride_head;
+  return scales.k + message.tile.batch * scales.k_stride_batch +
+         message.head_kv * scales.k_stride_head;
 }
-CUTE_DEVICE const float* token_factors(ForwardParams const& params, WorkTile tile) {
+CUTE_DEVICE const float* token_factors(ForwardParams const& params, TileMessage const& message) {
   const ScaleParams& scales = params.scales;
-  return scales.v_token_factor + tile.batch * scales.v_token_stride_batch +
-         tile.head / params.heads_per_kv * scales.v_token_stride_head;
+  return scales.v_token_factor + message.tile.batch * scales.v_token_stride_batch +
+         message.head_kv * scales.v_token_stride_head;
 }
 // In assembly, since the compiler would move what is the same for a warp to a uniform register, and
 // wait for it then and there.

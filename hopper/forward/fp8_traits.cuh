@@ -22,6 +22,8 @@ struct Fp8Traits {
   static constexpr bool kFast = kConfig.key.dtype == Dtype::kE4M3Fast;
   static constexpr bool kOnes = sums_by_ones(kConfig);
   static constexpr bool kMayTranspose = may_transpose(kConfig);
+  static constexpr bool kTokenSums = keeps_row_sums(kConfig);
+  static constexpr int kRowSums = kRowSumFloats;
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
   static constexpr int kORounds = o_rounds(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
@@ -58,17 +60,8 @@ struct Fp8Traits {
       cute::GMMA::rs_op_selector<Element, Element, float,
                                  cute::Shape<M, cute::Int<kPartColumns>, N>>()));
 
-  // A round of O on its way out, in 16 bits.
+  // Columns of O that leave at a time, in 16 bits.
   static constexpr int kRoundColumns = kHeadDimV / kORounds;
-  using AtomO = cute::conditional_t<kSlabO == 64, cute::GMMA::Layout_K_SW128_Atom<cute::half_t>,
-                                    cute::GMMA::Layout_K_SW64_Atom<cute::half_t>>;
-  using LayoutO =
-      decltype(cute::tile_to_shape(AtomO{}, cute::Shape<M, cute::Int<kRoundColumns>>{}));
-  // For its accumulator's layout alone.
-  using MmaO = decltype(cute::make_tiled_mma(
-      cute::GMMA::ss_op_selector<Element, Element, float,
-                                 cute::Shape<M, cute::Int<kRoundColumns>, N>>()));
-
   static constexpr int kQElements = kConsumerRows * kHeadDim;  // one consumer's
   static constexpr int kRoundElements = kConsumerRows * kRoundColumns;
   static constexpr int kKElements = kTileN * kHeadDim;  // one stage's
@@ -85,7 +78,7 @@ struct Fp8Traits {
     EmptyBarrier raw_empty[kMayTranspose ? kRawStages : 0];
     EmptyBarrier tile_full[kTileSlots];
     EmptyBarrier tile_empty[kTileSlots];
-    int tile_idx[kTileSlots];
+    TileMessage tiles[kTileSlots];
   };
 
   struct alignas(kSharedAlignment) SharedStorage {
@@ -93,6 +86,8 @@ struct Fp8Traits {
     Element v[kStages][kVElements];
     Element raw[kMayTranspose ? kRawStages : 0][kTileN * kHeadDimV];
     Element q[kConsumers][kQElements];
+    // Row sums of P where V's tokens have scales, which the row of ones would take in.
+    float row_sums[kTokenSums ? kConsumers : 0][kRowSums];
     cute::half_t o_own[kOverlayO ? 0 : kConsumers][kRoundElements];
     Barriers barriers;
 

@@ -52,22 +52,25 @@ CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedSto
 // One tile of one consumer's rows, from its scores to O and LSE in global memory.
 template <class Traits>
 CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                              WorkTile tile, int consumer, int thread,
+                              TileSink<Traits> const& sink, int consumer, int thread,
                               Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
                               std::uint32_t q_phase) {
   using namespace cute;
-  const BlockRange blocks = visited_blocks<Traits>(params, tile);
-  const int first_row = tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
+  const TileMessage message = sink.tile(shared.barriers);
+  const BlockRange blocks = visited_blocks<Traits>(params, message.tile);
+  const int first_row = message.tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
   float lse[kRowsPerThread];
   if constexpr (Traits::kFp8) {
     constexpr int kColumns = Traits::kPartColumns * Traits::kParts;
     Fp8Softmax<Traits> softmax;
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<typename Traits::M, Int<kColumns>>{});
-    attend<Traits>(params, shared, blocks, tile, first_row, consumer, thread, k_ring, v_ring,
+    attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
-    finish_fp8<Traits>(params, softmax, rO, tile, thread, lse);
-    store_fp8_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
+    const TileMessage done = sink.tile(shared.barriers);
+    finish_fp8<Traits>(params, shared, softmax, rO, done, consumer, thread, lse);
+    store_fp8_output<Traits>(params, shared, rO, done.tile, first_row, consumer, thread);
+    store_lse(params, lse, done.tile, first_row, thread);
   } else {
     Softmax softmax{params.scale_log2};
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
@@ -75,9 +78,10 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
                    softmax, rO);
     softmax.finish(rO, lse);
+    const WorkTile tile = sink.tile(shared.barriers).tile;
     store_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
+    store_lse(params, lse, tile, first_row, thread);
   }
-  store_lse(params, lse, tile, first_row, thread);
 }
 
 template <class Traits>
@@ -88,10 +92,9 @@ CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedSto
   TileSink<Traits> sink;
   Ring<Traits::kStages> k_ring, v_ring;
   std::uint32_t q_phase = 0;
-  for (int work_idx = sink.next(shared.barriers); work_idx != kNoMoreTiles;
-       work_idx = sink.next(shared.barriers)) {
-    consume_tile<Traits>(params, shared, params.order(work_idx), consumer, thread, k_ring, v_ring,
-                         q_phase);
+  while (sink.next(shared.barriers)) {
+    consume_tile<Traits>(params, shared, sink, consumer, thread, k_ring, v_ring, q_phase);
+    sink.release(shared.barriers);
     q_phase ^= 1;
   }
   if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
@@ -101,7 +104,7 @@ template <class Instance>
 __global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
     forward_kernel(__grid_constant__ const ForwardParams params) {
   using Traits = TraitsOf<Instance>;
-  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers, Traits::kMayTranspose);
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
   extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
   if (threadIdx.x == 0) {

@@ -65,17 +65,13 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   TileSource<Traits> source;
   int work_idx = blockIdx.x;
   while (work_idx < params.order.num_tiles()) {
-    source.publish(barriers, work_idx);
     const WorkTile tile = params.order(work_idx);
+    const int head = tile.head / params.heads_per_kv;
+    source.publish(barriers, {tile, head});
     const BlockRange blocks = visited_blocks<Traits>(params, tile);
-    if (!blocks.empty()) {
-      const int head = tile.head / params.heads_per_kv;
-      load_k(blocks.end - 1, head, tile.batch);
-      for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
-        load_k(n_block, head, tile.batch);
-        values.load(params, shared, n_block + 1, head, tile.batch);
-      }
-      values.load(params, shared, blocks.begin, head, tile.batch);
+    for (int n_block = blocks.end - 1; n_block >= blocks.begin - 1; --n_block) {
+      if (n_block >= blocks.begin) load_k(n_block, head, tile.batch);
+      if (n_block + 1 < blocks.end) values.load(params, shared, n_block + 1, head, tile.batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
     // its longest one, and the longest tiles would pair up (4% of a causal run at 16k).
@@ -93,9 +89,9 @@ CUTE_DEVICE void produce_queries(ForwardParams const& params,
   auto& barriers = shared.barriers;
   TileSink<Traits> sink;
   std::uint32_t phase = 0;
-  for (int work_idx = sink.next(barriers); work_idx != kNoMoreTiles;
-       work_idx = sink.next(barriers)) {
-    const WorkTile tile = params.order(work_idx);
+  while (sink.next(barriers)) {
+    const WorkTile tile = sink.tile(barriers).tile;
+    sink.release(barriers);
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
       barriers.q_empty[consumer].wait(phase ^ 1);
       if (cute::elect_one_sync()) {

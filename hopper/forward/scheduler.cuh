@@ -3,11 +3,11 @@
 
 #include "common/barriers.cuh"
 #include "forward/params.h"
-#include "hopper_attention/budget.h"
+#include "forward/traits.cuh"
 
 namespace hopper_attention {
 
-inline constexpr int kNoMoreTiles = -1;
+inline constexpr TileMessage kNoMoreTiles{{0, 0, 0}, -1};
 
 // The drawing side. Without a mask all tiles cost the same and block b takes b, b + grid, ...; with
 // one, a global counter hands out the next tile (longest first), and the last block to find none
@@ -22,9 +22,9 @@ struct TileSource {
     return next;
   }
 
-  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, int work_idx) {
+  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, TileMessage message) {
     barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
-    barriers.tile_idx[slot.stage] = work_idx;
+    barriers.tiles[slot.stage] = message;
     barriers.tile_full[slot.stage].arrive();
     slot.advance();
   }
@@ -41,18 +41,31 @@ struct TileSource {
   }
 };
 
-// The receiving side, called by whole warps.
+// The receiving side, called by whole warps: every tile is released once.
 template <class Traits>
 struct TileSink {
   Ring<kTileSlots> slot;
 
-  CUTE_DEVICE int next(typename Traits::Barriers& barriers) {
+  // Waits for the next tile; false when there is none.
+  CUTE_DEVICE bool next(typename Traits::Barriers& barriers) {
     barriers.tile_full[slot.stage].wait(slot.phase);
-    const int work_idx = barriers.tile_idx[slot.stage];
+    return tile(barriers).head_kv >= 0;
+  }
+
+  // The current tile, from shared memory each time: registers are what is short.
+  CUTE_DEVICE TileMessage tile(typename Traits::Barriers& barriers) const {
+    TileMessage message;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(message.tile.m_block), "=r"(message.tile.head), "=r"(message.tile.batch),
+                   "=r"(message.head_kv)
+                 : "r"(cute::cast_smem_ptr_to_uint(&barriers.tiles[slot.stage])));
+    return message;
+  }
+
+  CUTE_DEVICE void release(typename Traits::Barriers& barriers) {
     __syncwarp();
     arrive_warp(barriers.tile_empty[slot.stage]);
     slot.advance();
-    return work_idx;
   }
 };
 

@@ -6,8 +6,16 @@
 
 #include "common/barriers.cuh"
 #include "hopper_attention/budget.h"
+#include "hopper_attention/tile_order.h"
 
 namespace hopper_attention {
+
+// What the producer tells everyone about a tile: finding it takes divisions, which one thread does.
+struct alignas(kTileMessageBytes) TileMessage {
+  WorkTile tile;
+  int head_kv;  // negative: there are no more tiles
+};
+static_assert(sizeof(TileMessage) == kTileMessageBytes, "one 16-byte load");
 
 // Instance is a struct with `static constexpr ForwardConfig kConfig`.
 template <class Instance>
@@ -71,7 +79,7 @@ struct ForwardTraits {
     EmptyBarrier v_empty[kStages];
     EmptyBarrier tile_full[kTileSlots];
     EmptyBarrier tile_empty[kTileSlots];
-    int tile_idx[kTileSlots];
+    TileMessage tiles[kTileSlots];
   };
 
   struct alignas(kSharedAlignment) SharedStorage {

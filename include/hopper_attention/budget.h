@@ -14,6 +14,7 @@ inline constexpr int kRawStages = 2;    // blocks of e4m3 V that wait to be tran
 inline constexpr int kOnesRows = 8;     // the fewest columns by which a WGMMA can grow
 inline constexpr int kTransposeWarps = 2;
 inline constexpr int kTileSlots = 2;  // work tiles that travel from the producer to the consumers
+inline constexpr int kTileMessageBytes = 16;
 
 struct RegisterSplit {
   int launch;    // a thread's at launch, before setmaxnreg
@@ -23,9 +24,8 @@ struct RegisterSplit {
 
 // setmaxnreg takes multiples of 8; a split shares what the block got at launch, which ptxas chooses
 // as the register file over the threads, rounded down to a multiple of 8.
-// A producer that transposes V needs more than 32.
-constexpr RegisterSplit register_split(int num_consumers, bool transposes) {
-  if (num_consumers <= 2) return RegisterSplit{168, 24, transposes ? 240 : 240};
+constexpr RegisterSplit register_split(int num_consumers) {
+  if (num_consumers <= 2) return {168, 24, 240};
   return num_consumers == 3 ? RegisterSplit{128, 32, 160} : RegisterSplit{96, 32, 112};
 }
 
@@ -41,6 +41,15 @@ constexpr bool sums_by_ones(const ForwardConfig& config) {
 // Whether V may come as rows of tokens and be transposed here: 8-bit operands must lie along K.
 constexpr bool may_transpose(const ForwardConfig& config) {
   return is_fp8(config.key.dtype) && config.key.mask == MaskKind::kMasked;
+}
+
+// Whether row sums have a place in shared memory, for the requests that cannot use the ones.
+constexpr bool keeps_row_sums(const ForwardConfig& config) {
+  return sums_by_ones(config) && config.key.mask == MaskKind::kMasked;
+}
+inline constexpr int kRowSumFloats = 2 * kWarpgroupThreads;  // a consumer's
+constexpr int row_sum_bytes(const ForwardConfig& config) {
+  return keeps_row_sums(config) ? config.num_consumers * kRowSumFloats * 4 : 0;
 }
 
 constexpr int q_bytes(const ForwardConfig& config) {
@@ -60,15 +69,16 @@ constexpr int raw_bytes(const ForwardConfig& config) {
   return may_transpose(config) ? kRawStages * config.tile_n * config.key.head_dim_v : 0;
 }
 constexpr int kv_bytes(const ForwardConfig& config) {
-  return config.stages * (k_stage_bytes(config) + v_stage_bytes(config)) + raw_bytes(config);
+  return config.stages * (k_stage_bytes(config) + v_stage_bytes(config)) + raw_bytes(config) +
+         row_sum_bytes(config);
 }
 
 // One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
-// and for each block to transpose; 8 bytes each, and 4 bytes a tile slot for the tile's index.
+// and for each block to transpose; 8 bytes each, and 16 bytes a tile slot for the tile.
 constexpr int barrier_bytes(const ForwardConfig& config) {
   const int raw_stages = may_transpose(config) ? kRawStages : 0;
   const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages);
-  return barriers * 8 + kTileSlots * 4;
+  return barriers * 8 + kTileSlots * kTileMessageBytes;
 }
 
 constexpr int kSharedAlignment = 1024;  // the 128-byte swizzle repeats every 1024 bytes
@@ -104,13 +114,12 @@ constexpr int fragment_registers(const ForwardConfig& config) {
   if (config.key.dtype != Dtype::kE4M3) return s + p + o;
   const int part = o / config.v_parts;  // of one block's P V
   if (config.overlap_products) return s + p + o + part;
-  const int products = p + o + (config.v_parts > 1 ? 2 : 1) * part;
-  return s + o + part > products ? s + o + part : products;
+  return o + (s > p + part ? s : p + part);
 }
 
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const ForwardConfig& config) {
-  const RegisterSplit split = register_split(config.num_consumers, may_transpose(config));
+  const RegisterSplit split = register_split(config.num_consumers);
   if (config.num_consumers < 2 || config.num_consumers > 4) return "2 to 4 consumers";
   if (config.tile_n % 16 != 0 || config.tile_n > 256)
     return "tile_n: a multiple of 16, at most 256";

@@ -66,18 +66,18 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts}
   const bool fast = key.dtype == Dtype::kE4M3Fast;
   if (fast) {
-    return {key, 128, 2, key.head_dim == 64 ? 3 : 2, false, kAfterRow, false,
+    return {key, 128, 2, key.head_dim == 64 ? 3 : 2, true, kAfterRow, false,
             "O is its own accumulator, as in 16 bits", true, 1};
   }
   switch (key.head_dim) {
     case 64:
-      return {key, 128, 2, 3, false, kAfterRow, false,
+      return {key, 128, 2, 3, true, kAfterRow, false,
               "three consumers hide exp2: S 64, O 36, a block's P V 36 registers of 160", false, 1};
     case 96:
-      return {key, 128, 2, 2, false, kAfterRow, false,
+      return {key, 128, 2, 2, true, kAfterRow, false,
               "S 64, P 16, O 52, a block's P V 52 registers of 240", true, 1};
     case 128:
-      return {key, 128, 2, 2, false, kAfterRow, false,
+      return {key, 128, 2, 2, true, kAfterRow, false,
               "S 64, P 16, O 68, a block's P V 68 registers of 240", true, 1};
     case 192:
       return {key, 128, 2, 2, false, kAfterRow, false,
