@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "common/tensor_map.h"
+#include "forward/descriptors.h"
 #include "forward/params.h"
 #include "forward/problem.h"
 #include "hopper_attention/budget.h"
@@ -88,48 +88,6 @@ Status current_device(int* device, int* num_sms) {
   return {};
 }
 
-Status encode_descriptors(const hopper_attention_forward_args& a, const ForwardPlan& plan,
-                          ForwardParams* params) {
-  const bool bfloat16 = plan.key.dtype == Dtype::kBfloat16;
-  const bool keys = a.seqlen_k > 0;  // else K and V may be null and are never read: Q stands in
-  const TensorBox qk_box{slab_columns(plan.key.head_dim), 0};
-  const TensorBox v_box{slab_columns(plan.key.head_dim_v), 0};
-  const int seqlen_k = keys ? a.seqlen_k : 1;
-  struct {
-    const char* name;
-    CUtensorMap* map;
-    TensorView view;
-    TensorBox box;
-  } maps[] = {
-      {"q",
-       &params->q,
-       {a.q, a.head_dim, a.seqlen_q, a.heads, a.batch, a.q_stride_seq, a.q_stride_head,
-        a.q_stride_batch},
-       {qk_box.columns, kConsumerRows}},
-      {"k",
-       &params->k,
-       {keys ? a.k : a.q, a.head_dim, seqlen_k, a.heads_kv, a.batch, a.k_stride_seq,
-        a.k_stride_head, a.k_stride_batch},
-       {qk_box.columns, plan.config.tile_n}},
-      {"v",
-       &params->v,
-       {keys ? a.v : a.q, a.head_dim_v, seqlen_k, a.heads_kv, a.batch, a.v_stride_seq,
-        a.v_stride_head, a.v_stride_batch},
-       {v_box.columns, plan.config.tile_n}},
-      {"out",
-       &params->out,
-       {a.out, a.head_dim_v, a.seqlen_q, a.heads, a.batch, a.out_stride_seq, a.out_stride_head,
-        a.out_stride_batch},
-       {v_box.columns, kConsumerRows}},
-  };
-  for (const auto& m : maps) {
-    if (const char* error = encode_tensor_map(m.map, m.view, m.box, bfloat16)) {
-      return {HOPPER_ATTENTION_CUDA_ERROR, std::string("descriptor of ") + m.name + ": " + error};
-    }
-  }
-  return {};
-}
-
 Status missing_instance(const ForwardKey& key) {
   const ForwardRow* row = find_row(kAllRows, key);
   return {HOPPER_ATTENTION_NOT_COMPILED,
@@ -159,6 +117,10 @@ Status forward(const hopper_attention_forward_args& args) {
   params.transform_scores = plan.transform_scores;
   params.inner_scale = plan.inner_scale;
   params.cap = plan.cap;
+  params.scales = plan.scales;
+  params.head_dim_v = args.head_dim_v;
+  params.v_transposed = args.v_transposed != 0;
+  params.out_float16 = args.out_dtype == HOPPER_ATTENTION_FLOAT16;
   const LaunchSpec spec{plan.grid, device, static_cast<cudaStream_t>(args.stream)};
   const cudaError_t error = row->launch(params, spec);
   return error == cudaSuccess ? Status{} : cuda_failure(row->name, error);

@@ -2,8 +2,6 @@
 
 #include <cuda_runtime_api.h>
 
-#include "hopper_attention/budget.h"
-
 namespace hopper_attention {
 namespace {
 
@@ -23,30 +21,45 @@ EncodeTiled find_encode_tiled() {
 }
 
 // A dimension of size 1 may carry any stride; TMA wants a multiple of 16 bytes all the same.
-cuuint64_t byte_stride(int size, std::int64_t stride) {
-  return size == 1 ? 16 : static_cast<cuuint64_t>(stride) * kElementBytes;
+cuuint64_t byte_stride(int size, std::int64_t stride, TensorType type) {
+  return size == 1 ? 16 : static_cast<cuuint64_t>(stride) * bytes_of(type);
+}
+
+constexpr CUtensorMapDataType data_type(TensorType type) {
+  switch (type) {
+    case TensorType::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case TensorType::kBfloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  }
+}
+
+constexpr CUtensorMapSwizzle swizzle(int bytes) {
+  if (bytes == 128) return CU_TENSOR_MAP_SWIZZLE_128B;
+  return bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
 }  // namespace
 
 const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
-                              bool bfloat16) {
+                              TensorType type) {
   static const EncodeTiled encode = find_encode_tiled();
   if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer)";
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(view.head_dim), static_cast<cuuint64_t>(view.seqlen),
       static_cast<cuuint64_t>(view.heads), static_cast<cuuint64_t>(view.batch)};
-  const cuuint64_t strides[] = {byte_stride(view.seqlen, view.stride_seq),
-                                byte_stride(view.heads, view.stride_head),
-                                byte_stride(view.batch, view.stride_batch)};
+  const cuuint64_t strides[] = {byte_stride(view.seqlen, view.stride_seq, type),
+                                byte_stride(view.heads, view.stride_head, type),
+                                byte_stride(view.batch, view.stride_batch, type)};
   const cuuint32_t box_sizes[] = {static_cast<cuuint32_t>(box.columns),
                                   static_cast<cuuint32_t>(box.rows), 1, 1};
   const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult result = encode(
-      map, bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 4,
-      const_cast<void*>(view.data), sizes, strides, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box.columns * kElementBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode(map, data_type(type), 4, const_cast<void*>(view.data), sizes, strides, box_sizes,
+             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle(box.columns * bytes_of(type)),
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor";
 }
 

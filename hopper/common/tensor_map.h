@@ -7,9 +7,13 @@
 
 namespace hopper_attention {
 
+enum class TensorType { kFloat16, kBfloat16, kByte };
+
+constexpr int bytes_of(TensorType type) { return type == TensorType::kByte ? 1 : 2; }
+
 struct TensorView {
   const void* data;
-  int head_dim;
+  int head_dim;  // the innermost, contiguous one; keys where V is stored transposed
   int seqlen;
   int heads;
   int batch;
@@ -19,13 +23,13 @@ struct TensorView {
 };
 
 struct TensorBox {
-  int columns;  // one swizzle atom: its bytes are the swizzle's width, 64 or 128
+  int columns;  // one swizzle atom: its bytes are the swizzle's width, 32, 64 or 128
   int rows;
 };
 
 // Null when encoded; else a sentence about what failed. Reads beyond the tensor give zeros, writes
 // beyond it are dropped: this is how odd lengths and head dimensions run in whole tiles.
 const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
-                              bool bfloat16);
+                              TensorType type);
 
 }  // namespace hopper_attention

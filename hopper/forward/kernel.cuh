@@ -4,11 +4,14 @@
 #include <cutlass/arch/reg_reconfig.h>
 
 #include "forward/epilogue.cuh"
+#include "forward/fp8_epilogue.cuh"
+#include "forward/fp8_load.cuh"
 
 namespace hopper_attention {
 
+// transposers: warps that turn rows of V into columns, none where V comes as the product wants it.
 template <class Traits>
-CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
+CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transposers) {
   constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
   for (int i = 0; i < Traits::kConsumers; ++i) {
     barriers.q_full[i].init(1);
@@ -16,13 +19,19 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     barriers.k_full[i].init(1);
-    barriers.v_full[i].init(1);
+    barriers.v_full[i].init(transposers > 0 ? transposers : 1);
     barriers.k_empty[i].init(kConsumerWarps);
     barriers.v_empty[i].init(kConsumerWarps);
   }
   for (int i = 0; i < kTileSlots; ++i) {
     barriers.tile_full[i].init(1);
-    barriers.tile_empty[i].init(kConsumerWarps + 1);  // and the warp that loads Q
+    barriers.tile_empty[i].init(kConsumerWarps + 1 + transposers);  // and the warp that loads Q
+  }
+  if constexpr (Traits::kMayTranspose) {
+    for (int i = 0; i < kRawStages; ++i) {
+      barriers.raw_full[i].init(1);
+      barriers.raw_empty[i].init(kTransposeWarps);
+    }
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -30,17 +39,50 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
 template <class Traits>
 CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedStorage& shared) {
   const int warp = cutlass::canonical_warp_idx_sync();
+  using Values = cute::conditional_t<Traits::kFp8, Fp8ValueLoader<Traits>, ValueLoader<Traits>>;
   if (warp == 0) {
-    if (cute::elect_one_sync()) produce_keys_values<Traits>(params, shared);
+    if (cute::elect_one_sync()) produce_keys_values<Traits, Values>(params, shared);
   } else if (warp == 1) {
     produce_queries<Traits>(params, shared);
+  } else if constexpr (Traits::kMayTranspose) {
+    if (!params.v_transposed) transpose_values<Traits>(params, shared, warp - 2);
   }
+}
+
+// One tile of one consumer's rows, from its scores to O and LSE in global memory.
+template <class Traits>
+CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                              WorkTile tile, int consumer, int thread,
+                              Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
+                              std::uint32_t q_phase) {
+  using namespace cute;
+  const BlockRange blocks = visited_blocks<Traits>(params, tile);
+  const int first_row = tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
+  float lse[kRowsPerThread];
+  if constexpr (Traits::kFp8) {
+    constexpr int kColumns = Traits::kPartColumns * Traits::kParts;
+    Fp8Softmax<Traits> softmax;
+    Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
+                                     Shape<typename Traits::M, Int<kColumns>>{});
+    attend<Traits>(params, shared, blocks, tile, first_row, consumer, thread, k_ring, v_ring,
+                   q_phase, softmax, rO);
+    finish_fp8<Traits>(params, softmax, rO, tile, thread, lse);
+    store_fp8_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
+  } else {
+    Softmax softmax{params.scale_log2};
+    Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
+                                     Shape<typename Traits::M, typename Traits::Dv>{});
+    attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
+                   softmax, rO);
+    softmax.finish(rO, lse);
+    store_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
+  }
+  store_lse(params, lse, tile, first_row, thread);
 }
 
 template <class Traits>
 CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedStorage& shared,
                          int consumer) {
-  using namespace cute;
   const int thread = threadIdx.x % kWarpgroupThreads;
   Turns<Traits>{consumer}.start();
   TileSink<Traits> sink;
@@ -48,28 +90,18 @@ CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedSto
   std::uint32_t q_phase = 0;
   for (int work_idx = sink.next(shared.barriers); work_idx != kNoMoreTiles;
        work_idx = sink.next(shared.barriers)) {
-    const WorkTile tile = params.order(work_idx);
-    const BlockRange blocks = visited_blocks<Traits>(params, tile);
-    const int first_row = tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
-    Softmax softmax{params.scale_log2};
-    Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
-                                     Shape<typename Traits::M, typename Traits::Dv>{});
-    attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
-                   softmax, rO);
+    consume_tile<Traits>(params, shared, params.order(work_idx), consumer, thread, k_ring, v_ring,
+                         q_phase);
     q_phase ^= 1;
-    float lse[kRowsPerThread];
-    softmax.finish(rO, lse);
-    store_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
-    store_lse(params, lse, tile, first_row, thread);
   }
-  if (thread == 0) tma_store_wait<0>();  // shared memory lives until TMA has read it
+  if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
 }
 
 template <class Instance>
-__global__ void __launch_bounds__(ForwardTraits<Instance>::kThreads, 1)
+__global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
     forward_kernel(__grid_constant__ const ForwardParams params) {
-  using Traits = ForwardTraits<Instance>;
-  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
+  using Traits = TraitsOf<Instance>;
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers, Traits::kMayTranspose);
   extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
   if (threadIdx.x == 0) {
@@ -77,7 +109,11 @@ __global__ void __launch_bounds__(ForwardTraits<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.k);
     cute::prefetch_tma_descriptor(&params.v);
     cute::prefetch_tma_descriptor(&params.out);
-    init_barriers<Traits>(shared.barriers);
+    const bool transpose = Traits::kMayTranspose && !params.v_transposed;
+    init_barriers<Traits>(shared.barriers, transpose ? kTransposeWarps : 0);
+  }
+  if constexpr (Traits::kFp8) {
+    if constexpr (Traits::kOnes) write_ones<Traits>(shared);
   }
   __syncthreads();
   const int warpgroup = cutlass::canonical_warp_group_idx();

@@ -31,26 +31,35 @@ CUTE_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& barrier,
   }
 }
 
-// Draws tiles and loads their K and V, right to left; V one block behind K, as they are consumed.
+// V's loads in 16 bits: rows of tokens, as they lie in memory.
 template <class Traits>
+struct ValueLoader {
+  Ring<Traits::kStages> ring;
+
+  CUTE_DEVICE void load(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                        int n_block, int head, int batch) {
+    auto& barriers = shared.barriers;
+    barriers.v_empty[ring.stage].wait(ring.phase ^ 1);
+    load_tile<Traits::kSlabV, Traits::kHeadDimV, Traits::kTileN>(
+        params.v, barriers.v_full[ring.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+        shared.v[ring.stage], n_block * Traits::kTileN, head, batch);
+    ring.advance();
+  }
+};
+
+// Draws tiles and loads their K and V, right to left; V one block behind K, as they are consumed.
+template <class Traits, class Values>
 CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
                                      typename Traits::SharedStorage& shared) {
-  using cute::TMA::CacheHintSm90;
   auto& barriers = shared.barriers;
-  Ring<Traits::kStages> k_ring, v_ring;
+  Ring<Traits::kStages> k_ring;
+  Values values;
   auto load_k = [&](int n_block, int head, int batch) {
     barriers.k_empty[k_ring.stage].wait(k_ring.phase ^ 1);
     load_tile<Traits::kSlab, Traits::kHeadDim, Traits::kTileN>(
-        params.k, barriers.k_full[k_ring.stage], CacheHintSm90::EVICT_LAST, shared.k[k_ring.stage],
-        n_block * Traits::kTileN, head, batch);
+        params.k, barriers.k_full[k_ring.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+        shared.k[k_ring.stage], n_block * Traits::kTileN, head, batch);
     k_ring.advance();
-  };
-  auto load_v = [&](int n_block, int head, int batch) {
-    barriers.v_empty[v_ring.stage].wait(v_ring.phase ^ 1);
-    load_tile<Traits::kSlabV, Traits::kHeadDimV, Traits::kTileN>(
-        params.v, barriers.v_full[v_ring.stage], CacheHintSm90::EVICT_LAST, shared.v[v_ring.stage],
-        n_block * Traits::kTileN, head, batch);
-    v_ring.advance();
   };
 
   TileSource<Traits> source;
@@ -64,9 +73,9 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
       load_k(blocks.end - 1, head, tile.batch);
       for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
         load_k(n_block, head, tile.batch);
-        load_v(n_block + 1, head, tile.batch);
+        values.load(params, shared, n_block + 1, head, tile.batch);
       }
-      load_v(blocks.begin, head, tile.batch);
+      values.load(params, shared, blocks.begin, head, tile.batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
     // its longest one, and the longest tiles would pair up (4% of a causal run at 16k).

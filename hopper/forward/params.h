@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "hopper_attention/fp8.h"
 #include "hopper_attention/mask.h"
 #include "hopper_attention/tile_order.h"
 
@@ -12,7 +13,8 @@ namespace hopper_attention {
 struct ForwardParams {
   CUtensorMap q;    // (head_dim, seqlen_q, heads, batch), boxes of one slab x kConsumerRows
   CUtensorMap k;    // (head_dim, seqlen_k, heads_kv, batch), boxes of one slab x tile_n
-  CUtensorMap v;    // (head_dim_v, seqlen_k, heads_kv, batch), boxes of one slab x tile_n
+  CUtensorMap v;    // (head_dim_v, seqlen_k, heads_kv, batch), boxes of one slab x tile_n; or
+                    // transposed, (keys, head_dim_v, heads_kv, batch), boxes of tile_n x head_dim_v
   CUtensorMap out;  // (head_dim_v, seqlen_q, heads, batch), boxes of one slab x kConsumerRows
   float* lse;       // (batch, heads, seqlen_q), may be null
   unsigned int* counters;  // [0] the next tile, [1] blocks that are done; zero between launches
@@ -27,6 +29,11 @@ struct ForwardParams {
   bool transform_scores;
   float inner_scale;
   float cap;
+
+  ScaleParams scales;  // of e4m3, as is the rest
+  int head_dim_v;
+  bool v_transposed;
+  bool out_float16;  // else bfloat16
 };
 
 struct LaunchSpec {

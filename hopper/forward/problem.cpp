@@ -31,26 +31,87 @@ struct TensorField {
   } dims[3];
 };
 
-Status check_tensor(const TensorField& tensor) {
+// granule: elements of 16 bytes.
+Status check_tensor(const TensorField& tensor, int granule) {
   if (tensor.data == nullptr) return Status::invalid(std::string(tensor.name) + " is null");
   if (reinterpret_cast<std::uintptr_t>(tensor.data) % 16 != 0) {
     return Status::invalid(std::string(tensor.name) + " is not aligned to 16 bytes");
   }
   for (const auto& dim : tensor.dims) {
     const bool used = dim.size > 1;  // the stride of a dimension of size 1 is never taken
-    if (used && (dim.stride % 8 != 0 || dim.stride < 0 || dim.stride >= (1ll << 39))) {
+    if (used && (dim.stride % granule != 0 || dim.stride < 0 || dim.stride >= (1ll << 39))) {
       return Status::invalid(
           show((std::string(tensor.name) + "_stride_" + dim.name).c_str(), dim.stride) +
-          "; allowed are multiples of 8 elements (16 bytes) from 0 to 2^39");
+          "; allowed are multiples of " + std::to_string(granule) +
+          " elements (16 bytes) from 0 to 2^39");
     }
   }
   return {};
 }
 
+// The fields that only e4m3 has.
+Status check_fp8_fields(const hopper_attention_forward_args& a) {
+  if (a.dtype != HOPPER_ATTENTION_E4M3) {
+    const bool used = a.out_dtype != 0 || a.accumulation != 0 || a.v_transposed != 0 ||
+                      a.q_descale != nullptr || a.k_descale != nullptr || a.v_descale != nullptr ||
+                      a.v_token_factor != nullptr;
+    if (!used) return {};
+    return Status::invalid(show("dtype", a.dtype) +
+                           "; out_dtype, accumulation, v_transposed and scales are for e4m3 alone");
+  }
+  const Field fields[] = {{"out_dtype", a.out_dtype, 0, 1},
+                          {"accumulation", a.accumulation, 0, 1},
+                          {"v_transposed", a.v_transposed, 0, 1},
+                          {"q_descale_per_kv", a.q_descale_per_kv, 0, 1},
+                          {"v_descale_stride_channel", a.v_descale_stride_channel, 0, 1}};
+  for (const Field& field : fields) {
+    if (field.value < field.low || field.value > field.high) {
+      return Status::invalid(show(field.name, field.value) + "; allowed are " +
+                             std::to_string(field.low) + " and " + std::to_string(field.high));
+    }
+  }
+  const Field tokens[] = {{"q_descale_tokens", a.q_descale_tokens, 0, 0},
+                          {"k_descale_tokens", a.k_descale_tokens, 0, 0}};
+  for (const Field& field : tokens) {
+    if (field.value != 0 && field.value != 1 && field.value != kScaleTokens) {
+      return Status::invalid(show(field.name, field.value) +
+                             "; allowed are 0 (the whole sequence), 1 and " +
+                             std::to_string(kScaleTokens));
+    }
+  }
+  return {};
+}
+
+// How far a token's index is shifted to find its scale's.
+int scale_shift(int tokens) {
+  if (tokens == 0) return 31;
+  return tokens == 1 ? 0 : 7;
+}
+static_assert(kScaleTokens == 1 << 7, "scale_shift");
+
+ScaleParams scale_params(const hopper_attention_forward_args& a) {
+  return {a.q_descale,
+          a.k_descale,
+          a.v_descale,
+          a.v_token_factor,
+          a.q_descale_stride_batch,
+          a.q_descale_stride_head,
+          a.k_descale_stride_batch,
+          a.k_descale_stride_head,
+          a.v_descale_stride_batch,
+          a.v_descale_stride_head,
+          a.v_descale_stride_channel,
+          a.v_token_factor_stride_batch,
+          a.v_token_factor_stride_head,
+          scale_shift(a.q_descale_tokens),
+          scale_shift(a.k_descale_tokens),
+          a.q_descale_per_kv != 0};
+}
+
 }  // namespace
 
 Status check_forward_shape(const hopper_attention_forward_args& args) {
-  const Field fields[] = {{"dtype", args.dtype, 0, 1},
+  const Field fields[] = {{"dtype", args.dtype, 0, 2},
                           {"batch", args.batch, 0, INT_MAX},
                           {"seqlen_q", args.seqlen_q, 0, kMaxLength},
                           {"seqlen_k", args.seqlen_k, 0, kMaxLength},
@@ -86,7 +147,7 @@ Status check_forward_shape(const hopper_attention_forward_args& args) {
     return Status::invalid("softcap is " + std::to_string(args.softcap) +
                            "; allowed are 0 (off) and positive numbers");
   }
-  return {};
+  return check_fp8_fields(args);
 }
 
 Status check_forward_tensors(const hopper_attention_forward_args& a) {
@@ -108,12 +169,13 @@ Status check_forward_tensors(const hopper_attention_forward_args& a) {
                                  {"v",
                                   a.v,
                                   {{"batch", a.v_stride_batch, a.batch},
-                                   {"seq", a.v_stride_seq, a.seqlen_k},
+                                   {"seq", a.v_stride_seq, a.v_transposed ? a.head_dim_v : a.seqlen_k},
                                    {"head", a.v_stride_head, a.heads_kv}}}};
   for (const TensorField& tensor : tensors) {
     const bool keys = tensor.name[0] == 'k' || tensor.name[0] == 'v';
     if (keys && a.seqlen_k == 0) continue;  // never read
-    if (Status status = check_tensor(tensor); !status.ok()) return status;
+    const bool bytes = a.dtype == HOPPER_ATTENTION_E4M3 && tensor.data != a.out;
+    if (Status status = check_tensor(tensor, bytes ? 16 : 8); !status.ok()) return status;
   }
   if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % 4 != 0) {
     return Status::invalid("workspace is null or not aligned to 4 bytes");
@@ -125,15 +187,21 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
   plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
                          args.window_right);
   // The kernel takes maxima of raw scores, so a scale that is not positive is applied before.
-  plan->transform_scores = args.softcap > 0.0f || args.softmax_scale <= 0.0f;
+  const bool fp8 = args.dtype == HOPPER_ATTENTION_E4M3;
+  const bool fast = args.accumulation == HOPPER_ATTENTION_ACCUMULATE_FAST;
+  const bool key_scales = (args.k_descale != nullptr && args.k_descale_tokens == 1) ||
+                          args.v_token_factor != nullptr;
+  plan->transform_scores = args.softcap > 0.0f || args.softmax_scale <= 0.0f || key_scales;
+  plan->scales = scale_params(args);
   plan->cap = args.softcap;
   plan->inner_scale = args.softcap > 0.0f ? args.softmax_scale / args.softcap : args.softmax_scale;
   plan->scale_log2 = plan->transform_scores ? kLog2E : args.softmax_scale * kLog2E;
 
-  const HeadDims dims = tile_head_dims(args.head_dim, args.head_dim_v);
+  const Dtype dtype = fp8 && fast ? Dtype::kE4M3Fast : static_cast<Dtype>(args.dtype);
+  const HeadDims dims = tile_head_dims(dtype, args.head_dim, args.head_dim_v);
   const bool full = plan->mask.full() && !plan->transform_scores;
-  plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
-               tile_mask(dims.qk, full, args.seqlen_k)};
+  const bool plain = full && (!fp8 || (args.v_transposed && !fast));
+  plan->key = {dtype, dims.qk, dims.v, tile_mask(dtype, dims.qk, plain, args.seqlen_k)};
   plan->config = make_forward_config(plan->key);
 
   const std::int64_t m_blocks =
@@ -145,7 +213,8 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
                            std::to_string(plan->config.tile_m()) + " rows");
   }
   const std::int64_t kv_bytes =
-      static_cast<std::int64_t>(args.seqlen_k) * (args.head_dim + args.head_dim_v) * 2;
+      static_cast<std::int64_t>(args.seqlen_k) * (args.head_dim + args.head_dim_v) *
+      element_bytes(dtype);
   const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->config.tile_m(), !full,
                                 kv_bytes, heads_per_kv);

@@ -5,6 +5,7 @@
 
 #include "hopper_attention/abi.h"
 #include "hopper_attention/config.h"
+#include "hopper_attention/fp8.h"
 #include "hopper_attention/mask.h"
 #include "hopper_attention/tile_order.h"
 #include "status.h"
@@ -21,6 +22,7 @@ struct ForwardPlan {
   bool transform_scores;
   float inner_scale;
   float cap;
+  ScaleParams scales;
 };
 
 // Checks everything but the pointers: shapes, dtypes, windows, scales.

@@ -23,10 +23,12 @@ struct ForwardTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kFp8 = false;
+  static constexpr bool kMayTranspose = false;
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
-  static constexpr int kSlab = slab_columns(kHeadDim);
-  static constexpr int kSlabV = slab_columns(kHeadDimV);
+  static constexpr int kSlab = slab_columns(kHeadDim, sizeof(Element));
+  static constexpr int kSlabV = slab_columns(kHeadDimV, sizeof(Element));
 
   using M = cute::Int<kConsumerRows>;
   using N = cute::Int<kTileN>;

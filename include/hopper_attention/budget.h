@@ -9,7 +9,10 @@ inline constexpr int kWarpgroupThreads = 128;
 inline constexpr int kWarpgroupWarps = 4;
 inline constexpr int kMaxSharedBytes = 227 * 1024;  // what one block may have on Hopper
 inline constexpr int kRegisterFile = 64 * 1024;
-inline constexpr int kElementBytes = 2;  // float16 and bfloat16
+inline constexpr int kOutputBytes = 2;  // float16 and bfloat16
+inline constexpr int kRawStages = 2;    // blocks of e4m3 V that wait to be transposed
+inline constexpr int kOnesRows = 8;     // the fewest columns by which a WGMMA can grow
+inline constexpr int kTransposeWarps = 2;
 inline constexpr int kTileSlots = 2;  // work tiles that travel from the producer to the consumers
 
 struct RegisterSplit {
@@ -20,8 +23,9 @@ struct RegisterSplit {
 
 // setmaxnreg takes multiples of 8; a split shares what the block got at launch, which ptxas chooses
 // as the register file over the threads, rounded down to a multiple of 8.
-constexpr RegisterSplit register_split(int num_consumers) {
-  if (num_consumers <= 2) return {168, 24, 240};
+// A producer that transposes V needs more than 32.
+constexpr RegisterSplit register_split(int num_consumers, bool transposes) {
+  if (num_consumers <= 2) return RegisterSplit{168, 24, transposes ? 240 : 240};
   return num_consumers == 3 ? RegisterSplit{128, 32, 160} : RegisterSplit{96, 32, 112};
 }
 
@@ -29,26 +33,41 @@ constexpr int num_threads(const ForwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
 
-constexpr int q_bytes(const ForwardConfig& config) {
-  return config.tile_m() * config.key.head_dim * kElementBytes;
+// Where e4m3 blocks are folded in float32 and P V is not cut into parts, a row of ones beside V's
+// channels has the tensor cores sum the rows of P.
+constexpr bool sums_by_ones(const ForwardConfig& config) {
+  return config.key.dtype == Dtype::kE4M3 && config.v_parts == 1;
 }
-constexpr int o_bytes(const ForwardConfig& config) {
-  return config.tile_m() * config.key.head_dim_v * kElementBytes;
-}
-constexpr int k_stage_bytes(const ForwardConfig& config) {
-  return config.tile_n * config.key.head_dim * kElementBytes;
-}
-constexpr int v_stage_bytes(const ForwardConfig& config) {
-  return config.tile_n * config.key.head_dim_v * kElementBytes;
-}
-constexpr int kv_bytes(const ForwardConfig& config) {
-  return config.stages * (k_stage_bytes(config) + v_stage_bytes(config));
+// Whether V may come as rows of tokens and be transposed here: 8-bit operands must lie along K.
+constexpr bool may_transpose(const ForwardConfig& config) {
+  return is_fp8(config.key.dtype) && config.key.mask == MaskKind::kMasked;
 }
 
-// One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot;
-// 8 bytes each, and 4 bytes a tile slot for the tile's index.
+constexpr int q_bytes(const ForwardConfig& config) {
+  return config.tile_m() * config.key.head_dim * element_bytes(config.key.dtype);
+}
+constexpr int o_bytes(const ForwardConfig& config) {
+  return config.tile_m() * config.key.head_dim_v * kOutputBytes;
+}
+constexpr int k_stage_bytes(const ForwardConfig& config) {
+  return config.tile_n * config.key.head_dim * element_bytes(config.key.dtype);
+}
+constexpr int v_stage_bytes(const ForwardConfig& config) {
+  const int rows = config.key.head_dim_v + (sums_by_ones(config) ? kOnesRows : 0);
+  return config.tile_n * rows * element_bytes(config.key.dtype);
+}
+constexpr int raw_bytes(const ForwardConfig& config) {
+  return may_transpose(config) ? kRawStages * config.tile_n * config.key.head_dim_v : 0;
+}
+constexpr int kv_bytes(const ForwardConfig& config) {
+  return config.stages * (k_stage_bytes(config) + v_stage_bytes(config)) + raw_bytes(config);
+}
+
+// One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
+// and for each block to transpose; 8 bytes each, and 4 bytes a tile slot for the tile's index.
 constexpr int barrier_bytes(const ForwardConfig& config) {
-  const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots);
+  const int raw_stages = may_transpose(config) ? kRawStages : 0;
+  const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages);
   return barriers * 8 + kTileSlots * 4;
 }
 
@@ -70,24 +89,41 @@ constexpr int shared_bytes(const ForwardConfig& config) {
   return round_up(tensors + barrier_bytes(config), kSharedAlignment);
 }
 
+// O that overlays Q leaves in as many rounds as it is larger.
+constexpr int o_rounds(const ForwardConfig& config) {
+  return o_overlays_q(config) ? round_up(o_bytes(config), q_bytes(config)) / q_bytes(config) : 1;
+}
+
 // Accumulators and P of one consumer thread. What is left of RegisterSplit::consumer holds the row
 // statistics, addresses and temporaries; under about 20 the compiler spills.
 constexpr int fragment_registers(const ForwardConfig& config) {
-  return accumulator_registers(config.tile_n) + accumulator_registers(config.tile_n) / 2 +
-         accumulator_registers(config.key.head_dim_v);
+  const int s = accumulator_registers(config.tile_n);
+  const int p = s * element_bytes(config.key.dtype) / 4;
+  const int ones = sums_by_ones(config) ? accumulator_registers(kOnesRows) : 0;
+  const int o = accumulator_registers(config.key.head_dim_v) + ones;
+  if (config.key.dtype != Dtype::kE4M3) return s + p + o;
+  const int part = o / config.v_parts;  // of one block's P V
+  if (config.overlap_products) return s + p + o + part;
+  const int products = p + o + (config.v_parts > 1 ? 2 : 1) * part;
+  return s + o + part > products ? s + o + part : products;
 }
 
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const ForwardConfig& config) {
-  const RegisterSplit split = register_split(config.num_consumers);
+  const RegisterSplit split = register_split(config.num_consumers, may_transpose(config));
   if (config.num_consumers < 2 || config.num_consumers > 4) return "2 to 4 consumers";
   if (config.tile_n % 16 != 0 || config.tile_n > 256)
     return "tile_n: a multiple of 16, at most 256";
+  const bool fp8 = is_fp8(config.key.dtype);
+  if (fp8 && config.tile_n != 64 && config.tile_n != 128) return "tile_n: 64 or 128 in e4m3";
+  if (!fp8 && (config.v_parts != 1 || !config.overlap_products)) return "a choice of e4m3 alone";
+  if (config.overlap_products && config.v_parts != 1) return "parts and overlap of products";
+  if (config.key.head_dim_v % (8 * config.v_parts) != 0) return "v_parts must divide head_dim_v";
   if (config.key.head_dim % 32 != 0 || config.key.head_dim_v % 32 != 0) return "head dim: 32s";
   if (config.key.head_dim_v > config.key.head_dim) return "head_dim_v above head_dim";
   if (config.stages < 2) return "at least two stages";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
-  if (fragment_registers(config) + 20 > split.consumer) return "registers";
+  if (fragment_registers(config) + 16 > split.consumer) return "registers";
   return nullptr;
 }
 

@@ -24,12 +24,20 @@ struct ForwardConfig {
   Schedule schedule;
   bool skip_rescale;  // leave O as it is where no maximum of a warp moved
   const char* reason;
+  // Issue the next block's Q K^T ahead of this block's P V, where the registers for both last.
+  bool overlap_products = true;
+  int v_parts = 1;  // equal parts of head_dim_v, that P V is computed for one after the other
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
 
-// Columns that one TMA box and one swizzle atom span: 128 bytes, or 64 where 128 does not divide.
-constexpr int slab_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+// Columns of element_bytes that one TMA box and one swizzle atom span: the widest of 128, 64 and 32
+// bytes that divides head_dim.
+constexpr int slab_columns(int head_dim, int element_bytes) {
+  int columns = 128 / element_bytes;
+  while (head_dim % columns != 0) columns /= 2;
+  return columns;
+}
 
 // Registers a thread of an accumulator of kConsumerRows x columns: 128 threads share it.
 constexpr int accumulator_registers(int columns) { return columns / 2; }
@@ -45,9 +53,40 @@ constexpr bool consumers_differ(const ForwardConfig& config) {
 // memory of its own, so that the next tile's Q arrives early.
 inline constexpr int kShortKeys = 4096;
 
-constexpr MaskKind tile_mask(int tile_head_dim, bool full, int seqlen_k) {
-  const bool wide = tile_head_dim != 128 || seqlen_k > kShortKeys;
+constexpr MaskKind tile_mask(Dtype dtype, int tile_head_dim, bool full, int seqlen_k) {
+  const bool wide = is_fp8(dtype) || tile_head_dim != 128 || seqlen_k > kShortKeys;
   return full && wide ? MaskKind::kFull : MaskKind::kMasked;
+}
+
+// The e4m3 kernels. tile_n is at most the 128 keys of a scale; with its own accumulator for each
+// block, P V takes as many registers again as O.
+constexpr ForwardConfig make_fp8_config(ForwardKey key) {
+  constexpr Schedule kAfterRow = Schedule::kAfterRow;
+  // clang-format off
+  // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts}
+  const bool fast = key.dtype == Dtype::kE4M3Fast;
+  if (fast) {
+    return {key, 128, 2, key.head_dim == 64 ? 3 : 2, false, kAfterRow, false,
+            "O is its own accumulator, as in 16 bits", true, 1};
+  }
+  switch (key.head_dim) {
+    case 64:
+      return {key, 128, 2, 3, false, kAfterRow, false,
+              "three consumers hide exp2: S 64, O 36, a block's P V 36 registers of 160", false, 1};
+    case 96:
+      return {key, 128, 2, 2, false, kAfterRow, false,
+              "S 64, P 16, O 52, a block's P V 52 registers of 240", true, 1};
+    case 128:
+      return {key, 128, 2, 2, false, kAfterRow, false,
+              "S 64, P 16, O 68, a block's P V 68 registers of 240", true, 1};
+    case 192:
+      return {key, 128, 2, 2, false, kAfterRow, false,
+              "O 96 registers leave no room for S beside P V", false, 3};
+    default:
+      return {key, 128, 2, 2, false, kAfterRow, false,
+              "O 128 registers leave no room for S beside P V", false, 4};
+  }
+  // clang-format on
 }
 
 // The table of choices, a row a kernel. The reasons' figures are multiprocessor cycles of an H200
@@ -58,6 +97,7 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
   constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
   const bool full = key.mask == MaskKind::kFull;
+  if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason}
   switch (key.head_dim) {

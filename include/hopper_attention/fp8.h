@@ -1,6 +1,8 @@
 // Attention in e4m3: how scales fold into the arithmetic, and in which order V's keys are stored.
 #pragma once
 
+#include <cstdint>
+
 #if defined(__CUDACC__)
 #define HOPPER_ATTENTION_FP8_HD __host__ __device__
 #else
@@ -28,5 +30,20 @@ HOPPER_ATTENTION_FP8_HD constexpr int key_of_slot(int slot) {
   const int quad = slot / 4, i = slot % 4;
   return i < 2 ? 2 * quad + i : 8 + 2 * quad + i - 2;
 }
+
+// Scales of e4m3 tensors: what a stored value is to be multiplied by. A null pointer is 1. Strides
+// are in floats.
+struct ScaleParams {
+  const float* q;               // (batch, heads or heads_kv, 1 or blocks or seqlen_q)
+  const float* k;               // (batch, heads_kv, 1 or blocks or seqlen_k)
+  const float* v;               // (batch, heads_kv, 1 or head_dim_v)
+  const float* v_token_factor;  // (batch, heads_kv, seqlen_k), of a token over v
+  std::int64_t q_stride_batch, q_stride_head;
+  std::int64_t k_stride_batch, k_stride_head;
+  std::int64_t v_stride_batch, v_stride_head, v_stride_channel;
+  std::int64_t v_token_stride_batch, v_token_stride_head;
+  int q_shift, k_shift;  // a scale's index is the token's, shifted right by this
+  bool q_per_kv;         // q has a row for each of heads_kv heads
+};
 
 }  // namespace hopper_attention

@@ -3,11 +3,17 @@
 
 namespace hopper_attention {
 
-enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1 };
+// What Q, K and V are made of, and for e4m3 also how its products are added up: kE4M3 folds the
+// blocks together in float32, kE4M3Fast leaves it to the tensor cores.
+enum class Dtype : int { kFloat16 = 0, kBfloat16 = 1, kE4M3 = 2, kE4M3Fast = 3 };
+
+constexpr bool is_fp8(Dtype dtype) { return dtype == Dtype::kE4M3 || dtype == Dtype::kE4M3Fast; }
+constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 
 // kFull: every query sees every key, and scores are used as they are.
 // kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time; so
 // it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
+// In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
 enum class MaskKind : int { kFull = 0, kMasked = 1 };
 
 struct ForwardKey {
@@ -23,7 +29,8 @@ constexpr bool operator==(const ForwardKey& a, const ForwardKey& b) {
 }
 
 constexpr const char* name_of(Dtype dtype) {
-  return dtype == Dtype::kFloat16 ? "float16" : "bfloat16";
+  constexpr const char* kNames[] = {"float16", "bfloat16", "float8_e4m3fn", "float8_e4m3fn_fast"};
+  return kNames[static_cast<int>(dtype)];
 }
 
 constexpr const char* name_of(MaskKind mask) { return mask == MaskKind::kFull ? "full" : "masked"; }
@@ -37,9 +44,15 @@ struct HeadDims {
 inline constexpr HeadDims kForwardHeadDims[] = {{64, 64},   {96, 96},   {128, 128},
                                                 {192, 128}, {192, 192}, {256, 256}};
 
+// Of these, e4m3 has only the pairs of equal ones.
+constexpr bool has_head_dims(Dtype dtype, HeadDims dims) {
+  return !is_fp8(dtype) || dims.qk == dims.v;
+}
+
 // The smallest compiled pair that holds (head_dim, head_dim_v); {0, 0} when none does.
-constexpr HeadDims tile_head_dims(int head_dim, int head_dim_v) {
+constexpr HeadDims tile_head_dims(Dtype dtype, int head_dim, int head_dim_v) {
   for (const HeadDims& dims : kForwardHeadDims) {
+    if (!has_head_dims(dtype, dims)) continue;
     if (head_dim <= dims.qk && head_dim_v <= dims.v) return dims;
   }
   return {0, 0};

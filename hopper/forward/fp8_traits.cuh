@@ -1,0 +1,111 @@
+// What an e4m3 config settles at compile time, with the names of ForwardTraits.
+#pragma once
+
+#include "forward/traits.cuh"
+#include "hopper_attention/fp8.h"
+
+namespace hopper_attention {
+
+template <class Instance>
+struct Fp8Traits {
+  static constexpr ForwardConfig kConfig = Instance::kConfig;
+  static_assert(config_error(kConfig) == nullptr, "a config that cannot be built");
+
+  using Element = cute::float_e4m3_t;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kHeadDim = kConfig.key.head_dim;
+  static constexpr int kHeadDimV = kConfig.key.head_dim_v;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kFp8 = true;
+  static constexpr bool kFast = kConfig.key.dtype == Dtype::kE4M3Fast;
+  static constexpr bool kOnes = sums_by_ones(kConfig);
+  static constexpr bool kMayTranspose = may_transpose(kConfig);
+  static constexpr bool kOverlayO = o_overlays_q(kConfig);
+  static constexpr int kORounds = o_rounds(kConfig);
+  static constexpr int kThreads = num_threads(kConfig);
+  static constexpr int kSlab = slab_columns(kHeadDim, 1);     // of Q, K and rows of V
+  static constexpr int kSlabO = slab_columns(kHeadDimV, 2);
+  static constexpr int kParts = kConfig.v_parts;
+  static constexpr int kOnesColumns = kOnes ? kOnesRows : 0;
+  static constexpr int kPartColumns = kHeadDimV / kParts + kOnesColumns;  // of P V, ones included
+  static constexpr int kVRows = kHeadDimV + kOnesColumns;  // of V transposed
+
+  using M = cute::Int<kConsumerRows>;
+  using N = cute::Int<kTileN>;
+  using D = cute::Int<kHeadDim>;
+  using Dv = cute::Int<kHeadDimV>;
+
+  template <int bytes>
+  using AtomK = cute::conditional_t<
+      bytes == 128, cute::GMMA::Layout_K_SW128_Atom<Element>,
+      cute::conditional_t<bytes == 64, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                          cute::GMMA::Layout_K_SW32_Atom<Element>>>;
+  using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D>{}));
+  using LayoutK =
+      decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<N, D, cute::Int<kStages>>{}));
+  // V as the second product reads it: channels, then the row of ones, each with contiguous keys.
+  using LayoutVt = decltype(cute::tile_to_shape(
+      AtomK<kTileN>{}, cute::Shape<cute::Int<kVRows>, N, cute::Int<kStages>>{}));
+  // V as rows of tokens, which wait to be transposed.
+  using LayoutRaw =
+      decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<N, Dv, cute::Int<kRawStages>>{}));
+
+  using MmaQK = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<M, N, D>>()));
+  using MmaPV = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float,
+                                 cute::Shape<M, cute::Int<kPartColumns>, N>>()));
+
+  // A round of O on its way out, in 16 bits.
+  static constexpr int kRoundColumns = kHeadDimV / kORounds;
+  using AtomO = cute::conditional_t<kSlabO == 64, cute::GMMA::Layout_K_SW128_Atom<cute::half_t>,
+                                    cute::GMMA::Layout_K_SW64_Atom<cute::half_t>>;
+  using LayoutO =
+      decltype(cute::tile_to_shape(AtomO{}, cute::Shape<M, cute::Int<kRoundColumns>>{}));
+  // For its accumulator's layout alone.
+  using MmaO = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float,
+                                 cute::Shape<M, cute::Int<kRoundColumns>, N>>()));
+
+  static constexpr int kQElements = kConsumerRows * kHeadDim;  // one consumer's
+  static constexpr int kRoundElements = kConsumerRows * kRoundColumns;
+  static constexpr int kKElements = kTileN * kHeadDim;  // one stage's
+  static constexpr int kVElements = kTileN * kVRows;
+
+  struct Barriers {
+    FullBarrier q_full[kConsumers];
+    FullBarrier k_full[kStages];
+    FullBarrier v_full[kStages];
+    FullBarrier raw_full[kMayTranspose ? kRawStages : 0];
+    EmptyBarrier q_empty[kConsumers];
+    EmptyBarrier k_empty[kStages];
+    EmptyBarrier v_empty[kStages];
+    EmptyBarrier raw_empty[kMayTranspose ? kRawStages : 0];
+    EmptyBarrier tile_full[kTileSlots];
+    EmptyBarrier tile_empty[kTileSlots];
+    int tile_idx[kTileSlots];
+  };
+
+  struct alignas(kSharedAlignment) SharedStorage {
+    Element k[kStages][kKElements];
+    Element v[kStages][kVElements];
+    Element raw[kMayTranspose ? kRawStages : 0][kTileN * kHeadDimV];
+    Element q[kConsumers][kQElements];
+    cute::half_t o_own[kOverlayO ? 0 : kConsumers][kRoundElements];
+    Barriers barriers;
+
+    CUTE_DEVICE cute::half_t* o(int consumer) {
+      if constexpr (kOverlayO) return reinterpret_cast<cute::half_t*>(q[consumer]);
+      return o_own[consumer];
+    }
+  };
+  static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget.h counts every byte");
+};
+
+template <class Instance>
+using TraitsOf = cute::conditional_t<is_fp8(Instance::kConfig.key.dtype), Fp8Traits<Instance>,
+                                     ForwardTraits<Instance>>;
+
+}  // namespace hopper_attention
