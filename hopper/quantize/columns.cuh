@@ -13,7 +13,7 @@ __device__ void measure_columns(const QuantizeParams& params, const Task& task, 
   const float amax = largest_finite(x);
   if (v.scale != ScaleKind::kChannel) {
     const std::uint32_t bits = warp_largest(amax);
-    if (threadIdx.x % 32 == 0) {
+    if (place.thread % 32 == 0) {
       raise(v.amax + (v.scale == ScaleKind::kTensor ? 0 : task.group(v)), bits);
     }
     return;
@@ -27,7 +27,7 @@ __device__ void measure_columns(const QuantizeParams& params, const Task& task, 
     of_channel = fmaxf(of_channel, __shfl_xor_sync(kAllLanes, of_channel, 16));
     x[0][e] = of_channel;
   }
-  if (threadIdx.x % 32 < 8 && 8 * place.vector < v.head_dim) {
+  if (place.thread % 32 < 8 && 8 * place.vector < v.head_dim) {
 #pragma unroll
     for (int e = 0; e < 8; ++e) raise(to + e, __float_as_uint(x[0][e]));
   }
@@ -38,7 +38,7 @@ template <class Shape>
 __device__ void scale_channels(const QuantizeTensor& v, const Task& task,
                                float (&inverse)[Shape::kHeadDim], float (&x)[4][8]) {
   const std::int64_t group = task.group(v);
-  if (const int channel = threadIdx.x; channel < Shape::kHeadDim) {
+  if (const int channel = thread_idx(); channel < Shape::kHeadDim) {
     const bool exists = channel < v.head_dim;
     const std::int64_t at = group * v.head_dim + channel;
     const float amax = exists ? __uint_as_float(__ldcg(v.amax + at)) : 0.0f;
@@ -62,7 +62,7 @@ __device__ void scale_whole(const QuantizeTensor& v, const Task& task, float (&x
   const std::int64_t group = task.group(v);
   const bool whole = v.scale == ScaleKind::kTensor;
   const float amax = __uint_as_float(__ldcg(v.amax + (whole ? 0 : group)));
-  if (threadIdx.x == 0 && task.first == 0) v.descale[group] = descale_of(amax);
+  if (thread_idx() == 0 && task.first == 0) v.descale[group] = descale_of(amax);
   const float inverse = inverse_of(amax);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -80,8 +80,8 @@ __device__ void scale_tokens(const QuantizeParams& params, const Task& task,
   const ColumnPlace<Shape> place;
   const std::int64_t group = task.group(v);
   const float of_head = descale_of(__uint_as_float(__ldcg(v.amax + group)));
-  if (threadIdx.x == 0 && task.first == 0) v.descale[group] = of_head;
-  if (threadIdx.x < kQuantizeTokens) row_amax[threadIdx.x] = 0;
+  if (place.thread == 0 && task.first == 0) v.descale[group] = of_head;
+  if (place.thread < kQuantizeTokens) row_amax[place.thread] = 0;
   __syncthreads();
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -92,7 +92,7 @@ __device__ void scale_tokens(const QuantizeParams& params, const Task& task,
     for (int step = 1; step < 8; step *= 2) {
       amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
     }
-    if (threadIdx.x % 8 == 0) atomicMax(row_amax + place.row(i), __float_as_uint(amax));
+    if (place.thread % 8 == 0) atomicMax(row_amax + place.row(i), __float_as_uint(amax));
   }
   __syncthreads();
 #pragma unroll
@@ -148,7 +148,7 @@ __device__ void store_transposed(const QuantizeTensor& v, const Task& task,
   if (v.cu_seqlens == nullptr) out += task.sequence * v.out_stride_batch;
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
-    const int at = threadIdx.x + n * Shape::kThreads;
+    const int at = place.thread + n * Shape::kThreads;
     const int channel = at / 8, chunk = at % 8;
     if (channel >= v.head_dim) break;
     *reinterpret_cast<uint4*>(out + channel * v.out_stride_seq + 16 * chunk) =

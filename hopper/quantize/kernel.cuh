@@ -1,5 +1,5 @@
 // The quantizer's kernels. Blocks stay on their multiprocessor and take one task after the other,
-// with the loads of the next two under way.
+// with the loads of the next one under way.
 #pragma once
 
 #include "quantize/columns.cuh"
@@ -29,45 +29,45 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
 
   const auto start = [&](int index, int stage) {
     if (index < params.num_tasks) {
-      start_loads<Shape>(params, make_task(params, index, kBackwards), shared.stages[stage]);
+      const Task task = make_task(params, index, kBackwards);
+      if (const int thread = thread_idx(); thread % 32 == 0) {
+        shared.tasks[stage][thread / 32] = task;
+      }
+      start_loads<Shape>(params, task, shared.stages[stage]);
     }
     asm volatile("cp.async.commit_group;" ::: "memory");
   };
-  const int stride = gridDim.x;
 #pragma unroll
-  for (int n = 0; n < Shape::kStages; ++n) start(blockIdx.x + n * stride, n);
+  for (int n = 0; n < Shape::kStages; ++n) start(blockIdx.x + n * gridDim.x, n);
   if (const int vector = threadIdx.x; vector < Shape::kHeadDim / 8) {
     shared.signs[vector] = sign_mask(params.sign_bits[vector / 4] >> (8 * (vector % 4)) & 0xff);
   }
   __syncthreads();
 
-  int stage = 0, turn = 0;
-  for (int index = blockIdx.x; index < params.num_tasks; index += stride) {
-    const Task task = make_task(params, index, kBackwards);
+  int stage = 0;
+  for (int index = blockIdx.x; index < params.num_tasks; index += gridDim.x) {
     asm volatile("cp.async.wait_group %0;" ::"n"(Shape::kStages - 1) : "memory");
     __syncwarp();  // rotary embedding reads the vectors of other threads of the warp
+    const Task& task = shared.tasks[stage][thread_idx() / 32];
     float x[4][8];
     if (task.which == kV) {
       load_columns<Shape>(shared.stages[stage], x);
-    } else {
-      load_rows<Shape>(params, task, shared.stages[stage], shared.signs, x);
-    }
-    __syncwarp();  // all have read before anything new arrives
-    start(index + Shape::kStages * stride, stage);
-    stage = (stage + 1) % Shape::kStages;
-    if constexpr (kPass == QuantizePass::kStats) {
-      if (task.which == kV) {
+      if constexpr (kPass == QuantizePass::kStats) {
         measure_columns<Shape>(params, task, x);
       } else {
-        measure_rows<Shape>(params, task, shared, x);
+        quantize_columns<Shape>(params, task, shared, x);
       }
     } else {
-      if (task.which == kV) {
-        quantize_columns<Shape>(params, task, shared, x);
+      load_rows<Shape>(params, task, shared.stages[stage], shared.signs, x);
+      if constexpr (kPass == QuantizePass::kStats) {
+        measure_rows<Shape>(params, task, shared, x);
       } else {
-        quantize_rows<Shape>(params, task, shared, turn, x);
+        quantize_rows<Shape>(params, task, shared, stage, x);
       }
     }
+    __syncwarp();  // all have read before anything new arrives
+    start(index + Shape::kStages * gridDim.x, stage);
+    stage = (stage + 1) % Shape::kStages;
   }
 }
 

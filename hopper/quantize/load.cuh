@@ -38,9 +38,9 @@ __device__ void start_loads(const QuantizeParams& params, const Task& task,
     const auto* from = valid ? base + row * tensor.in_stride_seq + 8 * vector
                              : static_cast<const std::uint16_t*>(tensor.in);
     if (tensor.aligned) {
-      copy_async(&stage[i][threadIdx.x], from, valid);
+      copy_async(&stage[i][by_row.thread], from, valid);
     } else {
-      copy_unaligned(&stage[i][threadIdx.x], from, valid);
+      copy_unaligned(&stage[i][by_row.thread], from, valid);
     }
   }
 }
@@ -66,8 +66,9 @@ __device__ void unpack(const uint4& vector, float (&x)[8]) {
 
 template <class Shape>
 __device__ void load_columns(const uint4 (&stage)[4][Shape::kThreads], float (&x)[4][8]) {
+  const int thread = thread_idx();
 #pragma unroll
-  for (int i = 0; i < 4; ++i) unpack<typename Shape::Element>(stage[i][threadIdx.x], x[i]);
+  for (int i = 0; i < 4; ++i) unpack<typename Shape::Element>(stage[i][thread], x[i]);
 }
 
 __device__ inline uint4 flip(uint4 vector, const uint4& signs) {
@@ -103,7 +104,7 @@ __device__ inline void load_floats(const float* from, float (&to)[4]) {
 // Turns one vector of a row. partner is the vector that holds the other halves of its pairs.
 template <class Element>
 __device__ void rotate_pairs(const QuantizeRotary& rotary, std::int64_t position, int vector,
-                             const uint4& partner, float (&x)[8]) {
+                             const uint4* partner, float (&x)[8]) {
   const int half = rotary.dim / 2;
   if (rotary.interleaved) {
     const std::int64_t at = position * half + 4 * vector;
@@ -120,17 +121,18 @@ __device__ void rotate_pairs(const QuantizeRotary& rotary, std::int64_t position
   }
   const bool is_first = 8 * vector < half;
   const std::int64_t at = position * half + 8 * vector - (is_first ? 0 : half);
-  float other[8];
-  unpack<Element>(partner, other);
 #pragma unroll
   for (int part = 0; part < 8; part += 4) {
-    float c[4], s[4];
+    float c[4], s[4], other[4];
     load_floats(rotary.cos + at + part, c);
     load_floats(rotary.sin + at + part, s);
+    const uint2 pairs = reinterpret_cast<const uint2*>(partner)[part / 4];
+    unpack(pairs.x, other[0], other[1], Element{});
+    unpack(pairs.y, other[2], other[3], Element{});
 #pragma unroll
     for (int m = 0; m < 4; ++m) {
       const float sine = is_first ? -s[m] : s[m];
-      x[part + m] = x[part + m] * c[m] + other[part + m] * sine;
+      x[part + m] = x[part + m] * c[m] + other[m] * sine;
     }
   }
 }
@@ -146,7 +148,7 @@ __device__ void load_rows(const QuantizeParams& params, const Task& task,
   if (rotary.dim == 0) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      unpack<Element>(flip(stage[i][threadIdx.x], signs[place.vector(i)]), x[i]);
+      unpack<Element>(flip(stage[i][place.thread], signs[place.vector(i)]), x[i]);
     }
     return;
   }
@@ -156,12 +158,12 @@ __device__ void load_rows(const QuantizeParams& params, const Task& task,
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int vector = place.vector(i);
-    unpack<Element>(stage[i][threadIdx.x], x[i]);
+    unpack<Element>(stage[i][place.thread], x[i]);
     if (place.row < task.rows && vector < 2 * half) {
       if (known) {
         const int other = vector < half ? vector + half : vector - half;
-        const uint4 partner = stage[other / Shape::kLanes][place.row * Shape::kLanes +
-                                                           other % Shape::kLanes];
+        const uint4* partner = &stage[other / Shape::kLanes][place.row * Shape::kLanes +
+                                                             other % Shape::kLanes];
         rotate_pairs<Element>(rotary, position, vector, partner, x[i]);
       } else {
 #pragma unroll

@@ -9,12 +9,12 @@ namespace hopper_attention {
 // The scale of this thread's row; its descale is written by one thread of those that share it.
 template <class Shape>
 __device__ float row_scale(const QuantizeTensor& tensor, const Task& task, float amax,
-                           std::uint32_t (&warp_amax)[2][32], int& turn) {
+                           std::uint32_t (&warp_amax)[32]) {
   const RowPlace<Shape> place;
   switch (tensor.scale) {
     case ScaleKind::kBlock: {
-      amax = block_largest<Shape>(amax, warp_amax, turn);
-      if (threadIdx.x == 0 && task.slot < tensor.slots) {
+      amax = block_largest<Shape>(amax, warp_amax);
+      if (place.thread == 0 && task.slot < tensor.slots) {
         tensor.descale[task.dense_group(tensor) * tensor.slots + task.slot] = descale_of(amax);
       }
       break;
@@ -31,7 +31,7 @@ __device__ float row_scale(const QuantizeTensor& tensor, const Task& task, float
       const std::int64_t group = task.group(tensor);
       const bool whole = tensor.scale == ScaleKind::kTensor;
       amax = __uint_as_float(__ldcg(tensor.amax + (whole ? 0 : group)));
-      if (threadIdx.x == 0 && task.first == 0) tensor.descale[group] = descale_of(amax);
+      if (place.thread == 0 && task.first == 0) tensor.descale[group] = descale_of(amax);
     }
   }
   return inverse_of(amax);
@@ -77,12 +77,12 @@ __device__ void store_rows(const QuantizeTensor& tensor, const Task& task, float
 
 template <class Shape>
 __device__ void quantize_rows(const QuantizeParams& params, const Task& task,
-                              typename Shape::Shared& shared, int& turn, float (&x)[4][8]) {
+                              typename Shape::Shared& shared, int stage, float (&x)[4][8]) {
   const QuantizeTensor& tensor = params.tensors[task.which];
   if (params.hadamard_log2 > 0) hadamard<Shape>(x, params.hadamard_log2, params.hadamard_scale);
   if (params.subtract_k_mean && task.which == kK) subtract_mean<Shape>(params, task, x);
   const float amax = largest_finite(x);
-  const float inverse = row_scale<Shape>(tensor, task, amax, shared.warp_amax, turn);
+  const float inverse = row_scale<Shape>(tensor, task, amax, shared.warp_amax[stage]);
   store_rows<Shape>(tensor, task, inverse, x);
 }
 
@@ -104,23 +104,23 @@ __device__ void sum_rows(const QuantizeParams& params, const Task& task,
       for (int step = Shape::kLanes; step < 32; step *= 2) {
         sum += __shfl_xor_sync(kAllLanes, sum, step);
       }
-      if (threadIdx.x % 32 < Shape::kLanes) {
-        sums[threadIdx.x / 32][8 * place.vector(i) + e] = sum;
+      if (place.thread % 32 < Shape::kLanes) {
+        sums[place.thread / 32][8 * place.vector(i) + e] = sum;
       }
     }
   }
   for (int step = 1; step < Shape::kWarps; step *= 2) {
     __syncthreads();
-    for (int at = threadIdx.x; at < Shape::kHeadDim * Shape::kWarps / (2 * step);
+    for (int at = place.thread; at < Shape::kHeadDim * Shape::kWarps / (2 * step);
          at += Shape::kThreads) {
       const int warp = at / Shape::kHeadDim * 2 * step, channel = at % Shape::kHeadDim;
       sums[warp][channel] += sums[warp + step][channel];
     }
   }
   __syncthreads();
-  if (static_cast<int>(threadIdx.x) < k.head_dim && task.slot < k.slots) {
+  if (place.thread < k.head_dim && task.slot < k.slots) {
     float* to = params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
-    to[threadIdx.x] = sums[0][threadIdx.x];
+    to[place.thread] = sums[0][place.thread];
   }
 }
 
@@ -133,7 +133,7 @@ __device__ void measure_rows(const QuantizeParams& params, const Task& task,
   if (!tensor.find_amax) return;
   if (params.subtract_k_mean && task.which == kK) subtract_mean<Shape>(params, task, x);
   const std::uint32_t amax = warp_largest(largest_finite(x));
-  if (threadIdx.x % 32 == 0) {
+  if (thread_idx() % 32 == 0) {
     raise(tensor.amax + (tensor.scale == ScaleKind::kTensor ? 0 : task.group(tensor)), amax);
   }
 }

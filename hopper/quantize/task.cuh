@@ -8,47 +8,6 @@
 
 namespace hopper_attention {
 
-// A thread holds 32 elements, as four vectors of 8 adjacent channels. In q and k the vectors are of
-// one token, so that most of the Hadamard transform stays in the thread; in v they are of the four
-// tokens that are neighbours in the transposed layout, so that four bytes make a word there.
-template <int kHeadDimTile, class ElementType>
-struct QuantizeShape {
-  using Element = ElementType;
-  static constexpr int kHeadDim = kHeadDimTile;
-  static constexpr int kThreads = 4 * kHeadDim;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kBlocksPerSm = 1024 / kThreads;  // 64 registers a thread
-  static constexpr int kLanes = kHeadDim / 32;          // threads that share a row of q or k
-  static constexpr int kStages = 2;
-
-  struct Shared {
-    uint4 stages[kStages][4][kThreads];  // the vectors, each in a place of its thread's
-    std::uint32_t words[kHeadDim * 32];  // V transposed: (channel, 4 tokens); or the sums of K
-    uint4 signs[kHeadDim / 8];           // to be xored with 8 elements
-    float inverse[kHeadDim];             // V's scales
-    std::uint32_t warp_amax[2][32];
-    std::uint32_t row_amax[kQuantizeTokens];
-  };
-};
-
-// Thread to (row, lane in the row) of q and k; vector i is vector lane + kLanes * i of the row.
-template <class Shape>
-struct RowPlace {
-  int row = threadIdx.x / Shape::kLanes;
-  int lane = threadIdx.x % Shape::kLanes;
-  __device__ int vector(int i) const { return lane + Shape::kLanes * i; }
-};
-
-// Thread to (8 channels, 4 tokens) of v: a warp covers 64 channels and 16 tokens.
-template <class Shape>
-struct ColumnPlace {
-  static constexpr int kAcross = Shape::kHeadDim / 64;
-  int vector = threadIdx.x / 32 % kAcross * 8 + threadIdx.x % 8;  // of 8 channels
-  int group = threadIdx.x / 32 / kAcross;                         // of 16 tokens
-  int quad = threadIdx.x % 32 / 8;                                // of 4 of them
-  __device__ int row(int i) const { return 16 * group + key_of_slot(4 * quad + i); }
-};
-
 struct Task {
   int which;  // QuantizeWhich
   int head;
@@ -67,6 +26,58 @@ struct Task {
   __device__ std::int64_t dense_group(const QuantizeTensor& tensor) const {
     return tensor.cu_seqlens != nullptr ? head : group(tensor);
   }
+};
+
+// A thread holds 32 elements, as four vectors of 8 adjacent channels. In q and k the vectors are of
+// one token, so that most of the Hadamard transform stays in the thread; in v they are of the four
+// tokens that are neighbours in the transposed layout, so that four bytes make a word there.
+template <int kHeadDimTile, class ElementType>
+struct QuantizeShape {
+  using Element = ElementType;
+  static constexpr int kHeadDim = kHeadDimTile;
+  static constexpr int kThreads = 4 * kHeadDim;
+  static constexpr int kWarps = kThreads / 32;
+  static constexpr int kBlocksPerSm = 1024 / kThreads;  // 64 registers a thread
+  static constexpr int kLanes = kHeadDim / 32;          // threads that share a row of q or k
+  static constexpr int kStages = 2;
+
+  struct Shared {
+    uint4 stages[kStages][4][kThreads];  // the vectors, each in a place of its thread's
+    std::uint32_t words[kHeadDim * 32];  // V transposed: (channel, 4 tokens); or the sums of K
+    uint4 signs[kHeadDim / 8];           // to be xored with 8 elements
+    float inverse[kHeadDim];             // V's scales
+    std::uint32_t warp_amax[kStages][32];
+    std::uint32_t row_amax[kQuantizeTokens];
+    Task tasks[kStages][kWarps];  // a copy for each warp: registers are short
+  };
+};
+
+// threadIdx.x, read anew at each place. What follows from it would otherwise be computed once before
+// the loop over tasks and kept: the registers that takes are needed inside, and it would be spilled.
+__device__ inline int thread_idx() {
+  int idx;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
+  return idx;
+}
+
+// Thread to (row, lane in the row) of q and k; vector i is vector lane + kLanes * i of the row.
+template <class Shape>
+struct RowPlace {
+  int thread = thread_idx();
+  int row = thread / Shape::kLanes;
+  int lane = thread % Shape::kLanes;
+  __device__ int vector(int i) const { return lane + Shape::kLanes * i; }
+};
+
+// Thread to (8 channels, 4 tokens) of v: a warp covers 64 channels and 16 tokens.
+template <class Shape>
+struct ColumnPlace {
+  static constexpr int kAcross = Shape::kHeadDim / 64;
+  int thread = thread_idx();
+  int vector = thread / 32 % kAcross * 8 + thread % 8;  // of 8 channels
+  int group = thread / 32 / kAcross;                    // of 16 tokens
+  int quad = thread % 32 / 8;                           // of 4 of them
+  __device__ int row(int i) const { return 16 * group + key_of_slot(4 * quad + i); }
 };
 
 // The packed sequence that a slot belongs to: the last that begins at or before it.

@@ -31,10 +31,11 @@ __device__ void hadamard(float (&x)[4][8], int log2, float scale) {
       }
     }
   }
+  const int thread = thread_idx();
 #pragma unroll
   for (int bit = 0; bit < kLaneBits; ++bit) {
     if (log2 <= 3 + bit) break;
-    const float sign = (threadIdx.x >> bit) & 1 ? -1.0f : 1.0f;
+    const float sign = (thread >> bit) & 1 ? -1.0f : 1.0f;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll
@@ -109,16 +110,15 @@ __device__ inline std::uint32_t warp_largest(float amax) {
   return __reduce_max_sync(kAllLanes, __float_as_uint(amax));
 }
 
-// Over all threads, which must all come here. turn alternates, so that a slow thread can still read
-// what the fast ones would overwrite.
+// Over all threads, which must all come here. The shared memory is not the last task's, so that a
+// slow thread can still read that when the fast ones are here.
 template <class Shape>
-__device__ float block_largest(float amax, std::uint32_t (&shared)[2][32], int& turn) {
+__device__ float block_largest(float amax, std::uint32_t (&shared)[32]) {
   const std::uint32_t of_warp = warp_largest(amax);
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) shared[turn][threadIdx.x / 32] = of_warp;
+  const int thread = thread_idx(), lane = thread % 32;
+  if (lane == 0) shared[thread / 32] = of_warp;
   __syncthreads();
-  const std::uint32_t mine = lane < Shape::kWarps ? shared[turn][lane] : 0u;
-  turn ^= 1;
+  const std::uint32_t mine = lane < Shape::kWarps ? shared[lane] : 0u;
   return __uint_as_float(__reduce_max_sync(kAllLanes, mine));
 }
 
