@@ -120,9 +120,7 @@ def _check_cu_seqlens(q: torch.Tensor, call: Call) -> int:
     return batch
 
 
-def _check_rotary(
-    q: torch.Tensor, seqlen_q: int, seqlen_k: int, head_dim: int, call: Call
-) -> None:
+def _check_rotary(q: torch.Tensor, seqlen_q: int, seqlen_k: int, head_dim: int, call: Call) -> None:
     cos, sin = call.rotary_cos, call.rotary_sin
     if (cos is None) != (sin is None):
         missing = "rotary_cos" if cos is None else "rotary_sin"

@@ -7,6 +7,7 @@ but for K's mean, whose sum is rounded in another order.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -250,7 +251,7 @@ def _fill_packed(
         return
     out_v.zero_()
     begin = 0
-    for i, (first, last) in enumerate(zip(bounds_k, bounds_k[1:], strict=False)):
+    for i, (first, last) in enumerate(pairwise(bounds_k)):
         width = slots(last - first, 0, False) * QK_BLOCK_TOKENS
         at = first_slot(first, i) * QK_BLOCK_TOKENS
         out_v[..., at : at + width] = parts.v[..., begin : begin + width]
@@ -268,7 +269,7 @@ def _place(to: torch.Tensor, of: torch.Tensor, bounds: list[int], granularity: s
         to.copy_(of)
         return
     to.fill_(1.0)
-    for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (first, last) in enumerate(pairwise(bounds)):
         if granularity == "block":
             count, at = slots(last - first, 0, False), first_slot(first, i)
         else:

@@ -76,9 +76,14 @@ def quantize(
         *(recipe.transpose_v, checks.flag("rotary_interleaved", rotary_interleaved)),
         *(rotary_q_offset, checks.integer("rotary_k_offset", rotary_k_offset)),
     )
-    *tensors, factor, mean = outputs
+    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = outputs
     return Quantized(
-        *tensors,
+        q=new_q,
+        k=new_k,
+        v=new_v,
+        q_descale=q_descale,
+        k_descale=k_descale,
+        v_descale=v_descale,
         v_token_factor=factor if recipe.v_scale == "token" else None,
         k_mean=mean if recipe.smooth_k else None,
         recipe=recipe,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 
 import torch
 
@@ -31,8 +32,8 @@ class Quantized:
             in k and v.
         k: (batch, seqlen_k, heads_kv, head_dim) e4m3.
         v: (batch, seqlen_k, heads_kv, head_dim_v) e4m3; where recipe.transpose_v
-            (batch, heads_kv, head_dim_v, padded), padded = seqlen_k rounded up to 128, with the keys
-            in the order of `v_layout.key_of_slot` and zeros past the end.
+            (batch, heads_kv, head_dim_v, padded), padded = seqlen_k rounded up to 128, with the
+            keys in the order of `v_layout.key_of_slot` and zeros past the end.
         q_descale: (batch, heads, n) float32: n is 1 ("tensor", "head"), the number of blocks of 128
             tokens ("block") or seqlen_q ("token").
         k_descale: (batch, heads_kv, n) float32, likewise over keys.
@@ -74,17 +75,16 @@ class Quantized:
         Returns:
             q, k and v as `quantize` took them, but for rounding, in dtype.
         """
-        q = _decode(self.q) * self._per_token(self.q_descale, self.q, self.cu_seqlens_q)
-        k = _decode(self.k) * self._per_token(self.k_descale, self.k, self.cu_seqlens_k)
+        q = self.q.float() * self._per_token(self.q_descale, self.q, self.cu_seqlens_q)
+        k = self.k.float() * self._per_token(self.k_descale, self.k, self.cu_seqlens_k)
         if self.k_mean is not None:
             k = k + self._per_sequence(self.k_mean[..., None], self.k, self.cu_seqlens_k)
         if self.recipe.hadamard:
             flips = signs(q.shape[-1], self.recipe.seed).to(q.device)
             q, k = hadamard(q) * flips, hadamard(k) * flips
-        v = _decode(self._v_rows())
+        v = self._v_rows().float()
         if self.v_token_factor is not None:
             v = v * self.v_token_factor.transpose(-1, -2)[..., None]
-        # A scale that overflows float32 together with its factor would not by itself.
         v = v * self._per_sequence(self.v_descale[..., None], self.k, self.cu_seqlens_k)
         return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -94,11 +94,12 @@ class Quantized:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
-                moved[field.name] = _respaced(value.to(device)) if value.dtype == FP8 else value.to(device)
+                value = value.to(device)
+                moved[field.name] = _respaced(value) if value.dtype == FP8 else value
         return replace(self, **moved)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Contiguous tensors by name, the recipe among them, as safetensors' save_file takes them."""
+        """Contiguous tensors by name, the recipe among them: what safetensors' save_file takes."""
         state = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -137,7 +138,7 @@ class Quantized:
             return untranspose_v(as_bytes, self.k.shape[1]).view(FP8)
         rows = []
         bounds = self.cu_seqlens_k.tolist()
-        for i, (first, last) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        for i, (first, last) in enumerate(pairwise(bounds)):
             at = first_slot(first, i) * QK_BLOCK_TOKENS
             width = slots(last - first, 0, False) * QK_BLOCK_TOKENS
             rows.append(untranspose_v(as_bytes[None, ..., at : at + width], last - first)[0])
@@ -173,10 +174,6 @@ class Quantized:
 
 def _sequence_of(token: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cu_seqlens[1:].to(token.dtype), token, right=True)
-
-
-def _decode(x: torch.Tensor) -> torch.Tensor:
-    return x.float()
 
 
 def _respaced(x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The card's quantizer gives the bits of the one in PyTorch, whatever the recipe and the layout."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,9 +54,10 @@ def random_qkv(
 
 def poison(like):
     """Leaves other bytes than the right ones where the outputs will be allocated."""
-    for tensor in like:
-        size = tensor.untyped_storage().nbytes()
-        torch.full((max(1, size),), 0x55, dtype=torch.uint8, device=DEVICE)
+    sizes = [tensor.untyped_storage().nbytes() for tensor in like]
+    del like
+    held = [torch.full((max(1, size),), 0x55, dtype=torch.uint8, device=DEVICE) for size in sizes]
+    del held
 
 
 def on_the_card(q, k, v, recipe, **options):
@@ -166,9 +168,7 @@ def test_strides(layout, head_dim):
 @pytest.mark.parametrize("head_dim", [64, 72, 128])
 def test_packed(head_dim, recipe):
     lengths_q, lengths_k = [3, 0, 128, 500, 1, 77], [130, 4, 0, 1021, 256, 1]
-    q, k, v = (
-        x[0] for x in random_qkv(sum(lengths_q), sum(lengths_k), head_dim=head_dim, batch=1)
-    )
+    q, k, v = (x[0] for x in random_qkv(sum(lengths_q), sum(lengths_k), head_dim=head_dim, batch=1))
     cu_seqlens = [
         torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
         for lengths in (lengths_q, lengths_k)
@@ -241,7 +241,7 @@ def test_smoothing_of_packed_sequences():
     cu_k = torch.tensor(bounds_k, dtype=torch.int32, device=DEVICE)
     recipe = Fp8Recipe(smooth_k=True)
     packed = quantize(q, k, v, recipe, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    for i, (first, last) in enumerate(zip(bounds_k, bounds_k[1:], strict=False)):
+    for i, (first, last) in enumerate(pairwise(bounds_k)):
         alone = quantize(q[None, :100], k[None, first:last], v[None, first:last], recipe)
         assert torch.equal(packed.k_mean[i], alone.k_mean[0])
         assert torch.equal(bits(packed.k[first:last]), bits(alone.k[0]))
@@ -269,8 +269,13 @@ TINY = [0.0, 1e-45, 1e-40, 2.0**-126, 1e-36, 1e-30]
 @pytest.mark.parametrize("size", [*TINY, 1e30, 3e38])
 @pytest.mark.parametrize("recipe", RECIPES, ids=recipe_name)
 def test_zeros_subnormal_and_huge(size, recipe):
-    q, k, v = (torch.randn_like(x) for x in random_qkv(seqlen_q=150, seqlen_k=150, head_dim=64))
-    q, k, v = ((x.sign().double() * size * (1 - x.double().abs() / 10)).bfloat16() for x in (q, k, v))
+    shape, generator = (2, 150, 2, 64), torch.Generator(DEVICE).manual_seed(1)
+
+    def draw():
+        x = torch.randn(shape, device=DEVICE, dtype=torch.float64, generator=generator)
+        return (x.clamp(-1, 1) * size).bfloat16()
+
+    q, k, v = draw(), draw(), draw()
     k[:, :128] = 0
     v[..., 3:5] = 0
     found = check(q, k, v, recipe)
