@@ -76,7 +76,7 @@ constexpr int kMeanWays = 32;  // sums that run side by side
 // K's mean over a sequence: thread (channel, way) adds the sums of blocks way, way + 32, ...; then
 // the ways are added in pairs, pairs of pairs and so on. Grid (sequence * heads, channels / 32).
 __global__ void __launch_bounds__(32 * kMeanWays)
-    mean_kernel(const __grid_constant__ QuantizeParams params) {
+    quantize_mean_kernel(const __grid_constant__ QuantizeParams params) {
   __shared__ float sums[kMeanWays][32];
   const QuantizeTensor& k = params.tensors[kK];
   const int head = blockIdx.x % k.heads, sequence = blockIdx.x / k.heads;

@@ -63,7 +63,7 @@ cudaError_t launch_quantize_mean(const QuantizeParams& params, const QuantizeLau
   config.gridDim = dim3(k.batch * k.heads, (k.head_dim + 31) / 32);
   config.blockDim = dim3(32, kMeanWays);
   config.stream = launch.stream;
-  return cudaLaunchKernelEx(&config, mean_kernel, params);
+  return cudaLaunchKernelEx(&config, quantize_mean_kernel, params);
 }
 
 cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeLaunch& launch) {

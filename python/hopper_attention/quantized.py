@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class Quantized:
 
     def to(self, device: torch.device | str) -> Quantized:
         """The same on another device; dtypes are what they are."""
-        moved = {}
+        moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, torch.Tensor):
