@@ -3,20 +3,20 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
-#include <string>
-
 #include "hopper_attention/abi.h"
 
+// Sets Python's error where status is one; returns whether it is.
+inline bool set_error(hopper_attention_status status) {
+  if (status == HOPPER_ATTENTION_OK) return false;
+  PyObject* type = PyExc_RuntimeError;
+  if (status == HOPPER_ATTENTION_INVALID_ARGUMENT) type = PyExc_ValueError;
+  if (status == HOPPER_ATTENTION_NOT_SUPPORTED) type = PyExc_NotImplementedError;
+  PyErr_SetString(type, hopper_attention_last_error());
+  return true;
+}
+
 inline void raise_on_failure(hopper_attention_status status) {
-  if (status == HOPPER_ATTENTION_OK) return;
-  const std::string message = hopper_attention_last_error();
-  if (status == HOPPER_ATTENTION_INVALID_ARGUMENT) throw pybind11::value_error(message);
-  if (status == HOPPER_ATTENTION_NOT_SUPPORTED) {
-    PyErr_SetString(PyExc_NotImplementedError, message.c_str());
-    throw pybind11::error_already_set();
-  }
-  throw std::runtime_error(message);
+  if (set_error(status)) throw pybind11::error_already_set();
 }
 
 void bind_quantize(pybind11::module_& module);
