@@ -1,4 +1,6 @@
 // The instances of the quantizer's kernels and their launches.
+#include "quantize/launch.h"
+
 #include <algorithm>
 #include <atomic>
 
@@ -37,10 +39,14 @@ cudaError_t launch_shape(const QuantizeParams& params, const QuantizeLaunch& lau
 template <QuantizePass kPass, class Element>
 cudaError_t launch_element(const QuantizeParams& params, const QuantizeLaunch& launch) {
   switch (launch.tile) {
-    case 64: return launch_shape<QuantizeShape<64, Element>, kPass>(params, launch);
-    case 128: return launch_shape<QuantizeShape<128, Element>, kPass>(params, launch);
-    case 256: return launch_shape<QuantizeShape<256, Element>, kPass>(params, launch);
-    default: return cudaErrorInvalidValue;
+    case 64:
+      return launch_shape<QuantizeShape<64, Element>, kPass>(params, launch);
+    case 128:
+      return launch_shape<QuantizeShape<128, Element>, kPass>(params, launch);
+    case 256:
+      return launch_shape<QuantizeShape<256, Element>, kPass>(params, launch);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 

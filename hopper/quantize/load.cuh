@@ -162,8 +162,8 @@ __device__ void load_rows(const QuantizeParams& params, const Task& task,
     if (place.row < task.rows && vector < 2 * half) {
       if (known) {
         const int other = vector < half ? vector + half : vector - half;
-        const uint4* partner = &stage[other / Shape::kLanes][place.row * Shape::kLanes +
-                                                             other % Shape::kLanes];
+        const uint4* partner =
+            &stage[other / Shape::kLanes][place.row * Shape::kLanes + other % Shape::kLanes];
         rotate_pairs<Element>(rotary, position, vector, partner, x[i]);
       } else {
 #pragma unroll

@@ -1,8 +1,6 @@
 // What the quantizer's kernels are told.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
 #include <cstdint>
 
 #include "hopper_attention/quantize.h"
@@ -13,10 +11,10 @@ enum QuantizeWhich { kV = 0, kQ = 1, kK = 2 };  // V first: the first pass left 
 
 // One of q, k and v.
 struct QuantizeTensor {
-  const void* in;                // (batch, seqlen, heads, head_dim)
-  std::uint8_t* out;             // likewise, or (batch, heads, head_dim, tokens) for a transposed V
-  float* descale;                // (batch, heads, n), see abi_quantize.h
-  std::uint32_t* amax;           // workspace: (batch, heads), (batch, heads, head_dim) or one
+  const void* in;       // (batch, seqlen, heads, head_dim)
+  std::uint8_t* out;    // likewise, or (batch, heads, head_dim, tokens) for a transposed V
+  float* descale;       // (batch, heads, n), see abi_quantize.h
+  std::uint32_t* amax;  // workspace: (batch, heads), (batch, heads, head_dim) or one
   const std::int32_t* cu_seqlens;  // (batch + 1); null: dense
   std::int64_t in_stride_batch, in_stride_seq, in_stride_head;
   std::int64_t out_stride_batch, out_stride_seq, out_stride_head;
@@ -29,7 +27,7 @@ struct QuantizeTensor {
   FastDivide by_heads;
   FastDivide by_slots;  // max(slots, 1)
   ScaleKind scale;
-  bool aligned;  // 16-byte loads are possible
+  bool aligned;    // 16-byte loads are possible
   bool find_amax;  // the first pass looks for the largest |x|
 };
 
@@ -44,33 +42,18 @@ struct QuantizeRotary {
 };
 
 struct QuantizeParams {
-  QuantizeTensor tensors[3];   // by QuantizeWhich
+  QuantizeTensor tensors[3];  // by QuantizeWhich
   QuantizeRotary rotary;
   std::int32_t num_tasks;      // of all tensors
   std::int32_t hadamard_log2;  // of the channels it mixes; 0: none
   float hadamard_scale;
   std::uint32_t sign_bits[8];
   bool v_transposed;
-  bool sum_k;              // the first pass adds up K
+  bool sum_k;  // the first pass adds up K
   bool subtract_k_mean;
-  float* v_token_factor;   // (batch, heads_kv, seqlen_k); may be null
-  float* k_mean;           // (batch, heads_kv, head_dim); may be null
-  float* k_partial;        // workspace: (batch, heads_kv, slots, head_dim), sums over blocks
+  float* v_token_factor;  // (batch, heads_kv, seqlen_k); may be null
+  float* k_mean;          // (batch, heads_kv, head_dim); may be null
+  float* k_partial;       // workspace: (batch, heads_kv, slots, head_dim), sums over blocks
 };
-
-struct QuantizeLaunch {
-  int tile;       // head dimension that the instance is compiled for: 64, 128 or 256
-  bool bfloat16;  // or fp16
-  int device;
-  int num_sms;
-  cudaStream_t stream;
-};
-
-// First pass: the largest values and the sums over blocks that params asks for.
-cudaError_t launch_quantize_stats(const QuantizeParams& params, const QuantizeLaunch& launch);
-// K's sums over blocks to its mean.
-cudaError_t launch_quantize_mean(const QuantizeParams& params, const QuantizeLaunch& launch);
-// Second pass: the quantized tensors and their scales.
-cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeLaunch& launch);
 
 }  // namespace hopper_attention

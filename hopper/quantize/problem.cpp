@@ -35,6 +35,9 @@ Status check_ranges(const Args& a) {
                              std::to_string(field.low) + " to " + std::to_string(field.high));
     }
   }
+  if (static_cast<double>(a.batch) * std::max(a.heads, a.heads_kv) >= 1ll << 31) {
+    return Status::invalid(show("batch", a.batch) + ": batch times heads must be below 2^31");
+  }
   if (a.head_dim % 8 != 0 || a.head_dim_v % 8 != 0) {
     return Status::invalid(show("head_dim", a.head_dim) + " and " +
                            show("head_dim_v", a.head_dim_v) + "; allowed are multiples of 8");
@@ -87,7 +90,7 @@ struct View {
   const void* in;
   void* out;
   float* descale;
-  std::int64_t in_strides[3];   // batch, seq, head
+  std::int64_t in_strides[3];  // batch, seq, head
   std::int64_t out_strides[3];
   int seqlen, heads, head_dim;
   bool transposed;
@@ -95,21 +98,39 @@ struct View {
 
 View view(const Args& a, int which) {
   if (which == kQ) {
-    return {"q", a.q, a.q_out, a.q_descale,
+    return {"q",
+            a.q,
+            a.q_out,
+            a.q_descale,
             {a.q_stride_batch, a.q_stride_seq, a.q_stride_head},
             {a.q_out_stride_batch, a.q_out_stride_seq, a.q_out_stride_head},
-            a.seqlen_q, a.heads, a.head_dim, false};
+            a.seqlen_q,
+            a.heads,
+            a.head_dim,
+            false};
   }
   if (which == kK) {
-    return {"k", a.k, a.k_out, a.k_descale,
+    return {"k",
+            a.k,
+            a.k_out,
+            a.k_descale,
             {a.k_stride_batch, a.k_stride_seq, a.k_stride_head},
             {a.k_out_stride_batch, a.k_out_stride_seq, a.k_out_stride_head},
-            a.seqlen_k, a.heads_kv, a.head_dim, false};
+            a.seqlen_k,
+            a.heads_kv,
+            a.head_dim,
+            false};
   }
-  return {"v", a.v, a.v_out, a.v_descale,
+  return {"v",
+          a.v,
+          a.v_out,
+          a.v_descale,
           {a.v_stride_batch, a.v_stride_seq, a.v_stride_head},
           {a.v_out_stride_batch, a.v_out_stride_seq, a.v_out_stride_head},
-          a.seqlen_k, a.heads_kv, a.head_dim_v, a.v_transposed != 0};
+          a.seqlen_k,
+          a.heads_kv,
+          a.head_dim_v,
+          a.v_transposed != 0};
 }
 
 Status check_view(const Args& a, const View& v) {
@@ -207,6 +228,9 @@ Status check_quantize_tensors(const Args& a) {
   if (a.heads_kv > 0 && a.smooth_k != 0 && a.k_mean == nullptr) {
     return Status::invalid("k_mean is null, but smooth_k is set");
   }
+  if (reinterpret_cast<std::uintptr_t>(a.k_mean) % 16 != 0) {
+    return Status::invalid("k_mean is not aligned to 16 bytes");
+  }
   const bool tokens = a.v_scale == HOPPER_ATTENTION_SCALE_TOKEN && a.seqlen_k > 0;
   if (a.heads_kv > 0 && tokens && a.v_token_factor == nullptr) {
     return Status::invalid("v_token_factor is null, but v_scale is 3 (token)");
@@ -239,8 +263,9 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
                              tensor.by_slots.divisor * tensor.heads;
     tasks += of_tensor;
     if (tasks >= static_cast<double>(INT_MAX / 2)) {
-      return Status::invalid("batch x heads x sequence length is too large: more than 2^30 blocks "
-                             "of 128 tokens");
+      return Status::invalid(
+          "batch x heads x sequence length is too large: more than 2^30 blocks "
+          "of 128 tokens");
     }
     tensor.num_tasks = static_cast<int>(of_tensor);
   }
@@ -253,8 +278,8 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
     params.k_partial = reinterpret_cast<float*>(words + plan->workspace.k_partial);
   }
   plan->second_amax = a.smooth_k != 0 && params.tensors[kK].find_amax;
-  const int head_dim = std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0,
-                                a.heads_kv > 0 ? a.head_dim_v : 0);
+  const int head_dim =
+      std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0, a.heads_kv > 0 ? a.head_dim_v : 0);
   plan->tile = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
   return {};
 }

@@ -1,5 +1,6 @@
 // The quantizer's entry points: check -> plan -> memset, first pass, (K's mean,) second pass.
 #include "entry.h"
+#include "quantize/launch.h"
 #include "quantize/problem.h"
 
 namespace hopper_attention {

@@ -51,7 +51,7 @@ __device__ void store_rows(const QuantizeTensor& tensor, const Task& task, float
     std::uint32_t words[2][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
-      const float(&v)[8] = x[i + n];
+      const float (&v)[8] = x[i + n];
 #pragma unroll
       for (int w = 0; w < 2; ++w) {
         words[n][w] = to_e4m3x4(v[4 * w] * inverse, v[4 * w + 1] * inverse, v[4 * w + 2] * inverse,
@@ -93,7 +93,7 @@ __device__ void sum_rows(const QuantizeParams& params, const Task& task,
                          typename Shape::Shared& shared, float (&x)[4][8]) {
   const QuantizeTensor& k = params.tensors[kK];
   const RowPlace<Shape> place;
-  auto* sums = reinterpret_cast<float(*)[Shape::kHeadDim]>(shared.words);  // a row a warp
+  auto* sums = reinterpret_cast<float (*)[Shape::kHeadDim]>(shared.words);  // a row a warp
   __syncthreads();  // the task before may still be read
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

@@ -52,8 +52,9 @@ struct QuantizeShape {
   };
 };
 
-// threadIdx.x, read anew at each place. What follows from it would otherwise be computed once before
-// the loop over tasks and kept: the registers that takes are needed inside, and it would be spilled.
+// threadIdx.x, read anew at each place. What follows from it would otherwise be computed once
+// before the loop over tasks and kept: the registers that takes are needed inside, and it would be
+// spilled.
 __device__ inline int thread_idx() {
   int idx;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
@@ -97,8 +98,8 @@ __device__ inline void locate_packed(const QuantizeTensor& tensor, Task& task) {
   const std::int64_t block = task.slot - first_slot(begin, low);
   task.sequence = low;
   task.seqlen = end - begin;
-  task.first = static_cast<int>(min(max(block, std::int64_t{0}) * kQuantizeTokens,
-                                    static_cast<std::int64_t>(task.seqlen)));
+  task.first = static_cast<int>(
+      min(max(block, std::int64_t{0}) * kQuantizeTokens, static_cast<std::int64_t>(task.seqlen)));
   task.memory = static_cast<std::int64_t>(begin) + task.first;
 }
 

@@ -9,11 +9,11 @@ extern "C" {
 
 // What shares a scale.
 typedef enum hopper_attention_scale {
-  HOPPER_ATTENTION_SCALE_TENSOR = 0,   // the whole tensor
-  HOPPER_ATTENTION_SCALE_HEAD = 1,     // a head of a sequence
-  HOPPER_ATTENTION_SCALE_BLOCK = 2,    // 128 tokens of a head; q and k only
-  HOPPER_ATTENTION_SCALE_TOKEN = 3,    // a token of a head
-  HOPPER_ATTENTION_SCALE_CHANNEL = 4   // a channel of a head; v only
+  HOPPER_ATTENTION_SCALE_TENSOR = 0,  // the whole tensor
+  HOPPER_ATTENTION_SCALE_HEAD = 1,    // a head of a sequence
+  HOPPER_ATTENTION_SCALE_BLOCK = 2,   // 128 tokens of a head; q and k only
+  HOPPER_ATTENTION_SCALE_TOKEN = 3,   // a token of a head
+  HOPPER_ATTENTION_SCALE_CHANNEL = 4  // a channel of a head; v only
 } hopper_attention_scale;
 
 // From q, k and v in 16 bits to e4m3 and float scales: x ~ x_out * descale. descale is the largest
@@ -24,8 +24,8 @@ typedef enum hopper_attention_scale {
 // and (k) the subtraction of the mean over the tokens of a head, each only where asked for.
 //
 // Packed sequences (cu_seqlens not null) lie one after the other: a tensor is (total, heads,
-// head_dim), seqlen is total, and the batch strides are not read. In the outputs, "slots" are blocks
-// of 128 tokens that restart at each sequence: those of sequence i start at slot
+// head_dim), seqlen is total, and the batch strides are not read. In the outputs, "slots" are
+// blocks of 128 tokens that restart at each sequence: those of sequence i start at slot
 // cu_seqlens[i] / 128 + i, and there are total / 128 + batch in all.
 typedef struct hopper_attention_quantize_args {
   uint64_t struct_size;  // sizeof(hopper_attention_quantize_args)
@@ -36,8 +36,8 @@ typedef struct hopper_attention_quantize_args {
   // e4m3, 16-byte aligned. Rows are written up to the next multiple of 16 elements, with zeros past
   // the head dimension. v_out has v's dimensions, or where v_transposed (batch, heads_kv,
   // head_dim_v, tokens), tokens being seqlen_k rounded up to 128, or (heads_kv, head_dim_v,
-  // 128 * slots) packed: fp8.h's key_of_slot gives the order of each 16 tokens, and places without a
-  // token are zero.
+  // 128 * slots) packed: fp8.h's key_of_slot gives the order of each 16 tokens, and places without
+  // a token are zero.
   void* q_out;
   void* k_out;
   void* v_out;
@@ -49,7 +49,7 @@ typedef struct hopper_attention_quantize_args {
   float* k_descale;
   float* v_descale;
   float* v_token_factor;  // null unless v_scale is token
-  float* k_mean;          // (batch, heads_kv, head_dim); null unless smooth_k
+  float* k_mean;          // (batch, heads_kv, head_dim), 16-byte aligned; null unless smooth_k
 
   // Element strides; any for the inputs, multiples of 16 for the outputs. The stride of v_out
   // between tokens is v_out_stride_seq; between channels where v_transposed.
@@ -64,25 +64,25 @@ typedef struct hopper_attention_quantize_args {
   int32_t batch;
   int32_t seqlen_q;
   int32_t seqlen_k;
-  int32_t heads;       // 0: no q
-  int32_t heads_kv;    // 0: neither k nor v
-  int32_t head_dim;    // multiple of 8, 8 to 256
-  int32_t head_dim_v;  // likewise
+  int32_t heads;                // 0: no q
+  int32_t heads_kv;             // 0: neither k nor v
+  int32_t head_dim;             // multiple of 8, 8 to 256
+  int32_t head_dim_v;           // likewise
   const int32_t* cu_seqlens_q;  // (batch + 1) on the device, or null: not packed; both or neither
   const int32_t* cu_seqlens_k;
 
   int32_t qk_scale;  // hopper_attention_scale
   int32_t v_scale;
-  int32_t hadamard;        // over blocks of the largest power of two that divides head_dim
-  uint32_t sign_bits[8];   // bit c % 32 of word c / 32: channel c is negated first; hadamard only
+  int32_t hadamard;       // over blocks of the largest power of two that divides head_dim
+  uint32_t sign_bits[8];  // bit c % 32 of word c / 32: channel c is negated first; hadamard only
   int32_t smooth_k;
   int32_t v_transposed;
 
   // Rotary embedding of the first rotary_dim channels of q and k; null: none. (rotary_max_len,
   // rotary_dim / 2) each. Pairs are channels 2i and 2i + 1 where interleaved, else i and
   // i + rotary_dim / 2. Key j stands at rotary_k_offset + j; query i at rotary_q_offset + i, plus
-  // seqlen_k - seqlen_q of its sequence where rotary_q_aligned. A token whose position is not in 0
-  // to rotary_max_len - 1 becomes NaN.
+  // seqlen_k - seqlen_q of its sequence where rotary_q_aligned. Where a position is not in 0 to
+  // rotary_max_len - 1 these channels of the token become NaN.
   const float* rotary_cos;
   const float* rotary_sin;
   int32_t rotary_dim;  // multiple of 16, at most head_dim

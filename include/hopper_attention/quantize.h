@@ -14,7 +14,13 @@
 
 namespace hopper_attention {
 
-enum class ScaleKind : std::int32_t { kTensor = 0, kHead = 1, kBlock = 2, kToken = 3, kChannel = 4 };
+enum class ScaleKind : std::int32_t {
+  kTensor = 0,
+  kHead = 1,
+  kBlock = 2,
+  kToken = 3,
+  kChannel = 4
+};
 
 inline constexpr int kQuantizeTokens = kScaleTokens;  // a thread block works on as many at a time
 
@@ -30,7 +36,8 @@ constexpr std::int64_t quantize_slots(std::int64_t seqlen, int batch, bool packe
 
 // The first slot of a packed sequence that begins at this token. Each has at least one slot, and
 // enough for its tokens: floor(a + b) >= floor(a) + ceil(b) - 1.
-HOPPER_ATTENTION_QUANTIZE_HD constexpr std::int64_t first_slot(std::int64_t first_token, int sequence) {
+HOPPER_ATTENTION_QUANTIZE_HD constexpr std::int64_t first_slot(std::int64_t first_token,
+                                                               int sequence) {
   return first_token / kQuantizeTokens + sequence;
 }
 

@@ -102,8 +102,9 @@ def explain(
     for name in _WITHOUT_EFFECT:
         del call.arguments[name]
     if isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn:
-        descales = [call.arguments.pop(name) for name in _DESCALES]
-        scalars = normalise(**call.arguments, **dict.fromkeys(_DESCALES))
+        descales = [call.arguments[name] for name in _DESCALES]
+        call.arguments.update(dict.fromkeys(_DESCALES))
+        scalars = normalise(**call.arguments)
         return _explain_fp8(
             Tensors(q, call.arguments["k"], call.arguments["v"], *descales), scalars=scalars
         )

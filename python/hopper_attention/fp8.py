@@ -180,6 +180,8 @@ def _attend(
     out_dtype: torch.dtype,
     return_attn_probs: bool,
 ) -> Result:
+    out: torch.Tensor
+    lse: torch.Tensor
     out, lse = ops_fp8.forward_fp8(
         *forward_arguments(x),
         out_dtype,
