@@ -193,7 +193,10 @@ def test_rotary_positions(interleaved):
     # rotary embedding stays applied
     assert not torch.allclose(whole.dequantize()[0], q.float(), atol=0.5)
     for options, message in (
-        ({"rotary_q_offset": 0, "rotary_k_offset": 31}, "k stands at positions 31 to 80, rotary_cos has 0 to 79"),
+        (
+            {"rotary_q_offset": 0, "rotary_k_offset": 31},
+            "k stands at positions 31 to 80, rotary_cos has 0 to 79",
+        ),
         ({"rotary_q_offset": -1}, "q stands at positions -1 to 18"),
     ):
         with pytest.raises(ValueError, match=message):
