@@ -21,8 +21,9 @@ __device__ void measure_columns(const QuantizeParams& params, const Task& task, 
   std::uint32_t* to = v.amax + task.group(v) * v.head_dim + 8 * place.vector;
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    float of_channel =
-        fmaxf(fmaxf(fabsf(x[0][e]), fabsf(x[1][e])), fmaxf(fabsf(x[2][e]), fabsf(x[3][e])));
+    float of_channel = 0.0f;  // and not NaN where all four are
+#pragma unroll
+    for (int i = 0; i < 4; ++i) of_channel = fmaxf(of_channel, fabsf(x[i][e]));
     of_channel = fmaxf(of_channel, __shfl_xor_sync(kAllLanes, of_channel, 8));
     of_channel = fmaxf(of_channel, __shfl_xor_sync(kAllLanes, of_channel, 16));
     x[0][e] = of_channel;

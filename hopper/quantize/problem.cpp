@@ -135,7 +135,11 @@ View view(const Args& a, int which) {
 
 Status check_view(const Args& a, const View& v) {
   const std::string name = v.name;
-  if (v.descale == nullptr) return Status::invalid(name + "_descale is null");
+  const bool of_tokens =
+      v.name[0] != 'v' && (a.qk_scale == HOPPER_ATTENTION_SCALE_TOKEN ||
+                           (a.qk_scale == HOPPER_ATTENTION_SCALE_BLOCK && !packed(a)));
+  const bool no_scales = v.seqlen == 0 && of_tokens;
+  if (v.descale == nullptr && !no_scales) return Status::invalid(name + "_descale is null");
   if (v.seqlen == 0) return {};  // no element is read or written
   if (v.in == nullptr) return Status::invalid(name + " is null");
   if (reinterpret_cast<std::uintptr_t>(v.in) % 2 != 0) {

@@ -205,6 +205,10 @@ void empty_calls() {
   call.args.q_out = call.args.k_out = call.args.v_out = nullptr;
   check::context = "no tokens";
   CHECK(call.status().ok());
+  call.args.q_descale = call.args.k_descale = nullptr;  // of no blocks
+  CHECK(call.status().ok());
+  call.args.qk_scale = HOPPER_ATTENTION_SCALE_HEAD;
+  CHECK(call.refused("q_descale is null"));
   QuantizePlan plan;
   CHECK(plan_quantize(call.args, &plan).ok());
   CHECK(plan.params.tensors[kV].num_tasks == 4);  // a task each writes the scales
