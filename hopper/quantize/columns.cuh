@@ -18,59 +18,42 @@ __device__ void measure_columns(const QuantizeParams& params, const Task& task, 
     }
     return;
   }
-  std::uint32_t* to = v.amax + task.group(v) * v.head_dim + 8 * place.vector;
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
-    float of_channel = 0.0f;  // and not NaN where all four are
-#pragma unroll
-    for (int i = 0; i < 4; ++i) of_channel = fmaxf(of_channel, fabsf(x[i][e]));
+    float of_channel =
+        fmaxf(fmaxf(fabsf(x[0][e]), fabsf(x[1][e])), fmaxf(fabsf(x[2][e]), fabsf(x[3][e])));
     of_channel = fmaxf(of_channel, __shfl_xor_sync(kAllLanes, of_channel, 8));
     of_channel = fmaxf(of_channel, __shfl_xor_sync(kAllLanes, of_channel, 16));
-    x[0][e] = of_channel;
+    x[0][e] = fmaxf(of_channel, 0.0f);  // where all are NaN
   }
   if (place.thread % 32 < 8 && 8 * place.vector < v.head_dim) {
+    std::uint32_t* to = v.amax + task.group(v) * v.head_dim + 8 * place.vector;
 #pragma unroll
     for (int e = 0; e < 8; ++e) raise(to + e, __float_as_uint(x[0][e]));
   }
 }
 
-// Multiplies v by its scale, and writes the descale once for all that share it.
+// Multiplies v by its scales, which channels have or all share, and writes the descales once.
 template <class Shape>
 __device__ void scale_channels(const QuantizeTensor& v, const Task& task,
                                float (&inverse)[Shape::kHeadDim], float (&x)[4][8]) {
-  const std::int64_t group = task.group(v);
   if (const int channel = thread_idx(); channel < Shape::kHeadDim) {
+    const bool own = v.scale == ScaleKind::kChannel;
+    const std::int64_t at = own ? task.group(v) * v.head_dim + channel : task.group(v);
     const bool exists = channel < v.head_dim;
-    const std::int64_t at = group * v.head_dim + channel;
-    const float amax = exists ? __uint_as_float(__ldcg(v.amax + at)) : 0.0f;
+    const std::int64_t from = v.scale == ScaleKind::kTensor ? 0 : at;
+    const float amax = exists ? __uint_as_float(__ldcg(v.amax + from)) : 0.0f;
     inverse[channel] = inverse_of(amax);
-    if (exists && task.first == 0) v.descale[at] = descale_of(amax);
+    if (exists && task.first == 0 && (own || channel == 0)) v.descale[at] = descale_of(amax);
   }
   __syncthreads();
   const ColumnPlace<Shape> place;
-  float factors[8];
 #pragma unroll
-  for (int e = 0; e < 8; ++e) factors[e] = inverse[8 * place.vector + e];
+  for (int e = 0; e < 8; ++e) {
+    const float factor = inverse[8 * place.vector + e];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) x[i][e] *= factors[e];
+    for (int i = 0; i < 4; ++i) x[i][e] *= factor;
   }
-}
-
-template <class Shape>
-__device__ void scale_whole(const QuantizeTensor& v, const Task& task, float (&x)[4][8]) {
-  const std::int64_t group = task.group(v);
-  const bool whole = v.scale == ScaleKind::kTensor;
-  const float amax = __uint_as_float(__ldcg(v.amax + (whole ? 0 : group)));
-  if (thread_idx() == 0 && task.first == 0) v.descale[group] = descale_of(amax);
-  const float inverse = inverse_of(amax);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#pragma unroll
-    for (float& value : x[i]) value *= inverse;
-  }
-  __syncthreads();  // as after each kind of scale: the task before has left shared memory
 }
 
 // Largest |v| of each token, over the threads that share it; then its factor is written.
@@ -79,9 +62,6 @@ __device__ void scale_tokens(const QuantizeParams& params, const Task& task,
                              std::uint32_t (&row_amax)[kQuantizeTokens], float (&x)[4][8]) {
   const QuantizeTensor& v = params.tensors[kV];
   const ColumnPlace<Shape> place;
-  const std::int64_t group = task.group(v);
-  const float of_head = descale_of(__uint_as_float(__ldcg(v.amax + group)));
-  if (place.thread == 0 && task.first == 0) v.descale[group] = of_head;
   if (place.thread < kQuantizeTokens) row_amax[place.thread] = 0;
   __syncthreads();
 #pragma unroll
@@ -96,19 +76,25 @@ __device__ void scale_tokens(const QuantizeParams& params, const Task& task,
     if (place.thread % 8 == 0) atomicMax(row_amax + place.row(i), __float_as_uint(amax));
   }
   __syncthreads();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = place.row(i);
+  if (const int row = thread_idx(); row < kQuantizeTokens) {
+    const std::int64_t group = task.group(v);
     const float amax = __uint_as_float(row_amax[row]);
-    const float inverse = inverse_of(amax);
-#pragma unroll
-    for (float& value : x[i]) value *= inverse;
-    if (place.vector == 0 && row < task.rows) {
+    const float of_head = descale_of(__uint_as_float(__ldcg(v.amax + group)));
+    if (row == 0 && task.first == 0) v.descale[group] = of_head;
+    if (row < task.rows) {
       // A token of zeros takes any factor.
       const float factor = amax > 0.0f ? descale_of(amax) / of_head : 1.0f;
       params.v_token_factor[task.dense_group(v) * v.seqlen + task.memory + row] =
           fmaxf(factor, 0x1p-126f);
     }
+    row_amax[row] = __float_as_uint(inverse_of(amax));
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float inverse = __uint_as_float(row_amax[place.row(i)]);
+#pragma unroll
+    for (float& value : x[i]) value *= inverse;
   }
   __syncthreads();  // before the next task clears row_amax
 }
@@ -162,12 +148,10 @@ __device__ void quantize_columns(const QuantizeParams& params, const Task& task,
                                  typename Shape::Shared& shared, float (&x)[4][8]) {
   const QuantizeTensor& v = params.tensors[kV];
   largest_finite(x);
-  if (v.scale == ScaleKind::kChannel) {
-    scale_channels<Shape>(v, task, shared.inverse, x);
-  } else if (v.scale == ScaleKind::kToken) {
+  if (v.scale == ScaleKind::kToken) {
     scale_tokens<Shape>(params, task, shared.row_amax, x);
   } else {
-    scale_whole<Shape>(v, task, x);
+    scale_channels<Shape>(v, task, shared.inverse, x);
   }
   if (params.v_transposed) {
     store_transposed<Shape>(v, task, shared.words, x);
