@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LOCAL_BYTES = 32
+# The quantizer waits for memory, not for instructions; its fp16 kernels spill a few elements of V.
+MAX_QUANTIZER_LOCAL_BYTES = 96
 MAX_LIBRARY_BYTES = 25 * 2**20
 
 # Instances that may use local memory (at most MAX_LOCAL_BYTES), each with the reason.
@@ -76,14 +78,16 @@ def parse_log(text: str) -> Log:
     return Log(functions, warnings, advisories)
 
 
-def local_memory_faults(name: str, log: Log, explained: dict[str, str]) -> list[str]:
+def local_memory_faults(
+    name: str, log: Log, explained: dict[str, str], most: int = MAX_LOCAL_BYTES
+) -> list[str]:
     """What is wrong with the local memory of one instance's functions, in words."""
     faults = []
     used = max((function.local_bytes for function in log.functions), default=0)
     if not log.functions:
         faults.append(f"{name}: the log names no function")
-    if used > MAX_LOCAL_BYTES:
-        faults.append(f"{name}: {used} bytes of local memory, more than {MAX_LOCAL_BYTES}")
+    if used > most:
+        faults.append(f"{name}: {used} bytes of local memory, more than {most}")
     elif used > 0 and name not in explained:
         faults.append(f"{name}: {used} bytes of local memory that nothing explains")
     return faults
@@ -251,7 +255,12 @@ def test_local_memory_is_small_and_explained(logs):
     faults = [
         fault
         for name, log in logs.items()
-        for fault in local_memory_faults(name, log, EXPLAINED_LOCAL_MEMORY)
+        for fault in local_memory_faults(
+            name,
+            log,
+            EXPLAINED_LOCAL_MEMORY,
+            MAX_QUANTIZER_LOCAL_BYTES if name == "quantize" else MAX_LOCAL_BYTES,
+        )
     ]
     assert not faults, "\n".join(faults)
 
