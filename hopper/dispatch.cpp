@@ -1,10 +1,9 @@
 // The C interface: check -> plan -> find the compiled instance -> descriptors -> launch.
 #include <cuda_runtime_api.h>
 
-#include <atomic>
 #include <cstdio>
-#include <cstring>
 
+#include "entry.h"
 #include "forward/descriptors.h"
 #include "forward/params.h"
 #include "forward/problem.h"
@@ -40,8 +39,6 @@ constexpr ForwardRow kAllRows[] = {
 };
 #undef HOPPER_ATTENTION_FORWARD
 
-thread_local std::string last_error;
-
 template <std::size_t size>
 const ForwardRow* find_row(const ForwardRow (&rows)[size], const ForwardKey& key) {
   for (const ForwardRow& row : rows) {
@@ -50,43 +47,7 @@ const ForwardRow* find_row(const ForwardRow (&rows)[size], const ForwardKey& key
   return nullptr;
 }
 
-Status cuda_failure(const char* what, cudaError_t error) {
-  const bool device_missing = error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver;
-  return {device_missing ? HOPPER_ATTENTION_WRONG_DEVICE : HOPPER_ATTENTION_CUDA_ERROR,
-          std::string(what) + ": " + cudaGetErrorString(error)};
-}
-
-constexpr int kMaxDevices = 64;
 constexpr int kDefaultSms = 132;
-
-// The current device and its multiprocessors; asked of CUDA once a device.
-Status current_device(int* device, int* num_sms) {
-  static std::atomic<int> known_sms[kMaxDevices];
-  cudaError_t error = cudaGetDevice(device);
-  if (error != cudaSuccess) return cuda_failure("no CUDA device", error);
-  if (*device >= kMaxDevices) {
-    return {HOPPER_ATTENTION_WRONG_DEVICE, "device index above 63: " + std::to_string(*device)};
-  }
-  *num_sms = known_sms[*device].load(std::memory_order_relaxed);
-  if (*num_sms > 0) return {};
-  int major = 0, minor = 0;
-  error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, *device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, *device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(num_sms, cudaDevAttrMultiProcessorCount, *device);
-  }
-  if (error != cudaSuccess) return cuda_failure("no CUDA device", error);
-  if (major != 9 || minor != 0) {
-    return {HOPPER_ATTENTION_WRONG_DEVICE, "device " + std::to_string(*device) +
-                                               " has compute capability " + std::to_string(major) +
-                                               "." + std::to_string(minor) +
-                                               "; the kernels need 9.0 (H100, H200, GH200)"};
-  }
-  known_sms[*device].store(*num_sms, std::memory_order_relaxed);
-  return {};
-}
 
 Status missing_instance(const ForwardKey& key) {
   const ForwardRow* row = find_row(kAllRows, key);
@@ -148,28 +109,6 @@ Status explain(const hopper_attention_forward_args& args, char* buffer, std::siz
   return {};
 }
 
-// An older caller's struct is shorter: what it does not have is zero here.
-template <class Function>
-hopper_attention_status guarded(const hopper_attention_forward_args* args, Function function) {
-  Status status;
-  try {
-    if (args == nullptr) {
-      status = Status::invalid("args is null");
-    } else if (args->struct_size == 0 || args->struct_size > sizeof(*args)) {
-      status = Status::invalid("struct_size is " + std::to_string(args->struct_size) +
-                               "; this library knows 1 to " + std::to_string(sizeof(*args)));
-    } else {
-      hopper_attention_forward_args known{};
-      std::memcpy(&known, args, args->struct_size);
-      status = function(known);
-    }
-  } catch (const std::exception& error) {
-    status = {HOPPER_ATTENTION_CUDA_ERROR, error.what()};
-  }
-  last_error = status.message;
-  return status.code;
-}
-
 }  // namespace
 }  // namespace hopper_attention
 
@@ -190,8 +129,6 @@ hopper_attention_status hopper_attention_explain_forward(const hopper_attention_
     return explain(known, buffer, capacity);
   });
 }
-
-const char* hopper_attention_last_error(void) { return last_error.c_str(); }
 
 const char* hopper_attention_version(void) { return HOPPER_ATTENTION_VERSION; }
 

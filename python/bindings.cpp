@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "hopper_attention/abi.h"
 
 namespace py = pybind11;
@@ -17,17 +18,6 @@ namespace {
 
 using Pointer = std::uintptr_t;
 using Strides = std::array<std::int64_t, 3>;  // elements: batch, sequence, head
-
-void raise_on_failure(hopper_attention_status status) {
-  if (status == HOPPER_ATTENTION_OK) return;
-  const std::string message = hopper_attention_last_error();
-  if (status == HOPPER_ATTENTION_INVALID_ARGUMENT) throw py::value_error(message);
-  if (status == HOPPER_ATTENTION_NOT_SUPPORTED) {
-    PyErr_SetString(PyExc_NotImplementedError, message.c_str());
-    throw py::error_already_set();
-  }
-  throw std::runtime_error(message);
-}
 
 hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int seqlen_k, int heads,
                                        int heads_kv, int head_dim, int head_dim_v, const Strides& q,
@@ -99,6 +89,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C interface of libhopper_attention, with integers for pointers.";
   bind(module, &describe);
   module.def("workspace_bytes", &hopper_attention_forward_workspace_bytes);
+  bind_quantize(module);
+  bind_forward_fp8(module);
   module.def("version", &hopper_attention_version);
   module.def("instances", &instances);
 }

@@ -132,3 +132,5 @@ HOPPER_ATTENTION_API const char* hopper_attention_instances(void);
 #ifdef __cplusplus
 }
 #endif
+
+#include "hopper_attention/abi_quantize.h"  // the FP8 quantizer

@@ -6,10 +6,14 @@ everywhere, and `unavailable_reason()` says what `flash_attn_func` is missing on
 
 from importlib import metadata as _metadata
 
-from . import emulation, reference
+from . import emulation, emulation_fp8, reference
 from ._explain import Explanation, explain
 from ._library import is_available, unavailable_reason
+from .fp8 import flash_attn_fp8_func
 from .interface import flash_attn_func, flash_attn_qkvpacked_func
+from .quantize import quantize
+from .quantized import Quantized
+from .recipe import Fp8Recipe
 
 try:
     __version__ = _metadata.version("hopper-attention")
@@ -18,12 +22,17 @@ except _metadata.PackageNotFoundError:  # a source checkout on sys.path, not ins
 
 __all__ = [
     "Explanation",
+    "Fp8Recipe",
+    "Quantized",
     "__version__",
     "emulation",
+    "emulation_fp8",
     "explain",
+    "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
     "is_available",
+    "quantize",
     "reference",
     "unavailable_reason",
 ]

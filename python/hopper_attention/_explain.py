@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from . import _library, checks, ops
+from . import _library, checks, fp8, ops, ops_fp8
 from ._layout import copy_reason, planned_strides
+from .checks_fp8 import Tensors
 from .interface import flash_attn_func, normalise
+from .quantized import Quantized
 
 _SIGNATURE = inspect.signature(flash_attn_func)
+_DESCALES = ("q_descale", "k_descale", "v_descale")
 _WITHOUT_EFFECT = ("deterministic", "return_attn_probs")  # on which kernel runs
 
 
@@ -23,7 +26,7 @@ class Explanation:
 
     Attributes:
         instance: the kernel's name, a row of hopper/forward/instances.def.
-        dtype: float16 or bfloat16.
+        dtype: float16, bfloat16 or e4m3.
         mask: "full", or "masked" for the general kernel: where a mask, a soft cap or a scale that
             is not positive asks for it, or where its tiles are faster.
         tile_m: query rows a block works on.
@@ -69,26 +72,45 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any) -> Explanation:
-    """Says which kernel `flash_attn_func` would run with these arguments, without running it.
+def explain(
+    q: torch.Tensor | Quantized,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Says which kernel a call would run, without running it.
+
+    `explain(q, k, v, ...)` is about `flash_attn_func`, `explain(quantized, ...)` about
+    `flash_attn_fp8_func` with a `Quantized`.
 
     Needs the compiled library but no GPU: the tensors may be on any device, "meta" among them.
 
     Args:
-        q: as in `flash_attn_func`.
-        k: likewise.
+        q: as in `flash_attn_func`, or a `Quantized`.
+        k: as in `flash_attn_func`; None beside a `Quantized`.
         v: likewise.
-        arguments: any others of `flash_attn_func`, by name.
+        arguments: any others of the function, by name.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `flash_attn_func`.
         RuntimeError: the compiled library is missing.
     """
+    if isinstance(q, Quantized):
+        return _explain_quantized(q, k, v, **arguments)
     call = _SIGNATURE.bind(q, k, v, **arguments)
     call.apply_defaults()
     for name in _WITHOUT_EFFECT:
         del call.arguments[name]
+    if isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn:
+        descales = [call.arguments[name] for name in _DESCALES]
+        call.arguments.update(dict.fromkeys(_DESCALES))
+        scalars = normalise(**call.arguments)
+        return _explain_fp8(
+            Tensors(q, call.arguments["k"], call.arguments["v"], *descales), scalars=scalars
+        )
     scalars = normalise(**call.arguments)
+    assert k is not None  # normalise refuses it
+    assert v is not None
     dtype, dims = checks.request(q, k, v, scalars)
     strides = (planned_strides(q), planned_strides(k), planned_strides(v))
     request = ops.problem(dtype, dims, strides, scalars)
@@ -96,3 +118,35 @@ def explain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **arguments: Any)
     reasons = {name: copy_reason(tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
     copies = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
     return Explanation(**answer, copies=copies)
+
+
+_QUANTIZED_SIGNATURE = inspect.signature(fp8.flash_attn_fp8_func)
+
+
+def _explain_quantized(x: Quantized, k: Any, v: Any, **arguments: Any) -> Explanation:
+    call = _QUANTIZED_SIGNATURE.bind(x, k, v, **arguments)
+    call.apply_defaults()
+    given = call.arguments
+    scalars, out_dtype = fp8.prepare_quantized(
+        x,
+        *(given[name] for name in ("k", "v", "recipe", "softmax_scale", "causal")),
+        *(given[name] for name in ("window_size", "softcap", "sm_margin", "out_dtype")),
+    )
+    return _explain_fp8(
+        Tensors(*fp8.forward_arguments(x)),
+        scalars,
+        out_dtype,
+        x.recipe.transpose_v,
+        x.recipe.accumulation == "fast",
+    )
+
+
+def _explain_fp8(
+    x: Tensors,
+    scalars: ops_fp8.Scalars,
+    out_dtype: torch.dtype = torch.bfloat16,
+    v_transposed: bool = False,
+    fast: bool = False,
+) -> Explanation:
+    answer, copies = ops_fp8.explain(x, out_dtype, v_transposed, fast, scalars)
+    return Explanation(**json.loads(answer), copies=copies)

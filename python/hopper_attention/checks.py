@@ -90,7 +90,8 @@ def kernel_limits(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> int:
     if code is None:
         if dtype in _FP8_DTYPES:
             raise NotImplementedError(
-                f"q, k and v: {dtype} is not built yet; use torch.float16 or torch.bfloat16"
+                f"q, k and v: {dtype} is not built here; use torch.float16 or torch.bfloat16, or "
+                "torch.float8_e4m3fn with flash_attn_func or flash_attn_fp8_func"
             )
         raise TypeError(f"q, k and v must be torch.float16 or torch.bfloat16, got {dtype}")
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import checks, ops
+from . import checks, fp8, ops
 
 # The operator's arguments after q, k and v.
 Scalars = tuple[float, bool, int, int, float, int]
@@ -42,17 +42,19 @@ def flash_attn_func(
     a stride is not a multiple of 16 bytes; `explain` reports such copies.
 
     Args:
-        q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU. head_dim is a
-            multiple of 8 up to 256.
+        q: (batch, seqlen_q, heads, head_dim), float16, bfloat16 or float8_e4m3fn, on a Hopper GPU.
+            head_dim is a multiple of 8 up to 256.
         k: (batch, seqlen_k, heads_kv, head_dim); heads_kv divides heads (MHA, GQA, MQA).
         v: (batch, seqlen_k, heads_kv, head_dim_v); head_dim_v equals head_dim, or is a multiple of
             8 up to 128 where head_dim is at most 192.
         softmax_scale: finite factor of q k^T; None is head_dim ** -0.5.
         causal: row i sees keys up to its position; overrides window_size[1] by 0.
         qv: not built yet: None.
-        q_descale: not built yet: None.
-        k_descale: not built yet: None.
-        v_descale: not built yet: None.
+        q_descale: (batch, heads_kv) float32, any strides: what e4m3 values of q are to be
+            multiplied by; None is 1, and all that 16-bit tensors take. `flash_attn_fp8_func` has
+            finer scales.
+        k_descale: likewise for k.
+        v_descale: likewise for v.
         window_size: (left, right), the keys seen before and after a row's position; -1 or None is
             unbounded.
         attention_chunk: not built yet: 0.
@@ -65,9 +67,9 @@ def flash_attn_func(
         return_attn_probs: also return the log-sum-exp.
 
     Returns:
-        out, (batch, seqlen_q, heads, head_dim_v), contiguous, in q's dtype; or (out, softmax_lse)
-        where return_attn_probs, softmax_lse (batch, heads, seqlen_q) in float32 with the natural
-        logarithm.
+        out, (batch, seqlen_q, heads, head_dim_v), contiguous, in q's dtype, bfloat16 where that is
+        float8_e4m3fn; or (out, softmax_lse) where return_attn_probs, softmax_lse
+        (batch, heads, seqlen_q) in float32 with the natural logarithm.
 
     Raises:
         ValueError: a shape, device or number is not allowed.
@@ -75,6 +77,8 @@ def flash_attn_func(
         NotImplementedError: an argument asks for what is not built yet, or a tensor requires grad.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
+    in_fp8 = isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn
+    descales = (q_descale, k_descale, v_descale)
     scalars = normalise(
         q,
         k,
@@ -82,9 +86,7 @@ def flash_attn_func(
         softmax_scale,
         causal,
         qv,
-        q_descale,
-        k_descale,
-        v_descale,
+        *((None, None, None) if in_fp8 else descales),
         window_size,
         attention_chunk,
         softcap,
@@ -92,6 +94,8 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
+    if in_fp8:
+        return fp8.attention_of_e4m3(q, k, v, descales, scalars, return_attn_probs)
     out, lse = ops.forward(q, k, v, *scalars)
     return (out, lse) if return_attn_probs else out
 
@@ -119,9 +123,9 @@ def flash_attn_qkvpacked_func(
             then v's.
         softmax_scale: as in `flash_attn_func`, and so are the other arguments.
         causal: likewise.
-        q_descale: not built yet: None.
-        k_descale: not built yet: None.
-        v_descale: not built yet: None.
+        q_descale: likewise.
+        k_descale: likewise.
+        v_descale: likewise.
         window_size: likewise.
         attention_chunk: not built yet: 0.
         softcap: likewise.
@@ -184,7 +188,7 @@ def normalise(
 
     Raises:
         TypeError, NotImplementedError: as `flash_attn_func`.
-        ValueError: num_splits is negative.
+        ValueError: num_splits is negative, or a descale is given.
     """
     if not (
         isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
@@ -194,7 +198,10 @@ def normalise(
         _not_built("qv", "None")
     if q_descale is not None or k_descale is not None or v_descale is not None:
         given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-        _not_built(next(name for name, value in given.items() if value is not None), "None")
+        name = next(name for name, value in given.items() if value is not None)
+        raise ValueError(
+            f"{name} must be None where q is {q.dtype}: scales belong to torch.float8_e4m3fn"
+        )
     if attention_chunk != 0:
         _not_built("attention_chunk", "0", attention_chunk)
     if num_splits != 1 and num_splits != 0:

@@ -72,6 +72,22 @@ void explain_writes_json_and_respects_the_buffer() {
         HOPPER_ATTENTION_INVALID_ARGUMENT);
 }
 
+void the_quantizer_speaks_the_same_language() {
+  hopper_attention_quantize_args args{};
+  args.struct_size = sizeof(args);
+  args.batch = args.heads = args.heads_kv = 1;
+  args.head_dim = args.head_dim_v = 64;
+  check::context = "quantize";
+  CHECK(hopper_attention_quantize_workspace_bytes(&args) > 0);
+  CHECK(hopper_attention_quantize(&args) == HOPPER_ATTENTION_WRONG_DEVICE);
+  CHECK(mentions("device") || mentions("driver"));
+  args.head_dim = 12;
+  CHECK(hopper_attention_quantize(&args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("head_dim is 12"));
+  CHECK(hopper_attention_quantize_workspace_bytes(&args) == 0);
+  CHECK(hopper_attention_quantize(nullptr) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+}
+
 void it_knows_what_it_is() {
   check::context = "identity";
   CHECK(std::string(hopper_attention_version()) == EXPECTED_VERSION);
@@ -86,6 +102,7 @@ int main() {
   forward_without_a_device_says_so();
   bad_arguments_are_named();
   explain_writes_json_and_respects_the_buffer();
+  the_quantizer_speaks_the_same_language();
   it_knows_what_it_is();
   return check::result();
 }

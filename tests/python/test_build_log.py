@@ -19,6 +19,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_LOCAL_BYTES = 32
+# The quantizer waits for memory, not for instructions; its fp16 kernels spill a few elements of V.
+MAX_QUANTIZER_LOCAL_BYTES = 96
 MAX_LIBRARY_BYTES = 25 * 2**20
 
 # Instances that may use local memory (at most MAX_LOCAL_BYTES), each with the reason.
@@ -28,6 +30,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "bf16_d256_full": OUTSIDE_THE_LOOP,
     "fp16_d256_masked": OUTSIDE_THE_LOOP,
     "bf16_d256_masked": OUTSIDE_THE_LOOP,
+    "quantize": "the task's number and the addresses of the stages, once for 32 elements a thread",
 }
 # ptxas's advisories that do no harm here, by number, each with the reason.
 EXPLAINED_ADVISORIES: dict[str, str] = {}
@@ -75,14 +78,16 @@ def parse_log(text: str) -> Log:
     return Log(functions, warnings, advisories)
 
 
-def local_memory_faults(name: str, log: Log, explained: dict[str, str]) -> list[str]:
+def local_memory_faults(
+    name: str, log: Log, explained: dict[str, str], most: int = MAX_LOCAL_BYTES
+) -> list[str]:
     """What is wrong with the local memory of one instance's functions, in words."""
     faults = []
     used = max((function.local_bytes for function in log.functions), default=0)
     if not log.functions:
         faults.append(f"{name}: the log names no function")
-    if used > MAX_LOCAL_BYTES:
-        faults.append(f"{name}: {used} bytes of local memory, more than {MAX_LOCAL_BYTES}")
+    if used > most:
+        faults.append(f"{name}: {used} bytes of local memory, more than {most}")
     elif used > 0 and name not in explained:
         faults.append(f"{name}: {used} bytes of local memory that nothing explains")
     return faults
@@ -207,12 +212,13 @@ def build() -> Path:
 
 @pytest.fixture(scope="module")
 def logs(build: Path) -> dict[str, Log]:
-    """The log of each compiled instance, by the instance's name."""
+    """The log of each compiled instance, by the instance's name, and the quantizer's."""
     table = (build / "instances" / "compiled_instances.def").read_text()
     names = re.findall(r"^HOPPER_ATTENTION_FORWARD\((\w+),", table, re.MULTILINE)
     assert names
     folder = build / "logs"
-    return {name: parse_log((folder / f"forward_{name}.cu.log").read_text()) for name in names}
+    found = {name: parse_log((folder / f"forward_{name}.cu.log").read_text()) for name in names}
+    return {**found, "quantize": parse_log((folder / "quantize_launch.cu.log").read_text())}
 
 
 def find_tool(name: str) -> str | None:
@@ -249,14 +255,19 @@ def test_local_memory_is_small_and_explained(logs):
     faults = [
         fault
         for name, log in logs.items()
-        for fault in local_memory_faults(name, log, EXPLAINED_LOCAL_MEMORY)
+        for fault in local_memory_faults(
+            name,
+            log,
+            EXPLAINED_LOCAL_MEMORY,
+            MAX_QUANTIZER_LOCAL_BYTES if name == "quantize" else MAX_LOCAL_BYTES,
+        )
     ]
     assert not faults, "\n".join(faults)
 
 
 @pytest.fixture(scope="module")
 def sass(build: Path) -> dict[str, str]:
-    """Each kernel's instructions."""
+    """The instructions of each kernel of attention; the quantizer's multiply no matrices."""
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("cuobjdump not found (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)")
@@ -268,11 +279,12 @@ def sass(build: Path) -> dict[str, str]:
         check=True,
         env={**os.environ, "PATH": path},
     )
-    return sass_functions(result.stdout)
+    functions = sass_functions(result.stdout)
+    return {name: code for name, code in functions.items() if "quantize" not in name}
 
 
 def test_every_kernel_multiplies_by_wgmma(sass, logs):
-    assert len(sass) >= len(logs)
+    assert len(sass) >= len(logs) - 1  # all but the quantizer
     assert [name for name, code in sass.items() if "HGMMA" not in code] == []
 
 

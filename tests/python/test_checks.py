@@ -110,8 +110,8 @@ def test_other_dtypes(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_fp8_is_not_built_yet(dtype):
-    with pytest.raises(NotImplementedError, match=f"{dtype} is not built yet; use torch.float16"):
+def test_fp8_has_an_operator_of_its_own(dtype):
+    with pytest.raises(NotImplementedError, match=f"{dtype} is not built here; use torch.float16"):
         checks.kernel_limits(dtype, 64, 64)
 
 

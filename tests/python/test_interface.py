@@ -133,9 +133,6 @@ def test_arguments_reach_the_operator(operator, arguments, passed):
     "name, value",
     [
         ("qv", torch.zeros(1)),
-        ("q_descale", torch.ones(1)),
-        ("k_descale", torch.ones(1)),
-        ("v_descale", torch.ones(1)),
         ("attention_chunk", 128),
         ("num_splits", 2),
     ],
@@ -145,10 +142,18 @@ def test_what_is_not_built_yet(name, value):
         attend(*qkv(), **{name: value})
 
 
-@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale", "attention_chunk"])
-def test_what_is_not_built_yet_packed(name):
-    with pytest.raises(NotImplementedError, match=f"^{name} is not built yet"):
-        attend_packed(torch.zeros(2, 6, 3, 4, 64, dtype=torch.float16), **{name: 1})
+def test_what_is_not_built_yet_packed():
+    with pytest.raises(NotImplementedError, match=r"^attention_chunk is not built yet"):
+        attend_packed(torch.zeros(2, 6, 3, 4, 64, dtype=torch.float16), attention_chunk=1)
+
+
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+def test_sixteen_bits_have_no_scales(name):
+    message = f"^{name} must be None where q is torch.float16: scales belong to torch.float8_e4m3fn"
+    with pytest.raises(ValueError, match=message):
+        attend(*qkv(torch.float16), **{name: torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=message):
+        attend_packed(torch.zeros(2, 6, 3, 4, 64, dtype=torch.float16), **{name: torch.ones(2, 2)})
 
 
 @pytest.mark.parametrize(

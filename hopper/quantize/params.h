@@ -1,0 +1,59 @@
+// What the quantizer's kernels are told.
+#pragma once
+
+#include <cstdint>
+
+#include "hopper_attention/quantize.h"
+
+namespace hopper_attention {
+
+enum QuantizeWhich { kV = 0, kQ = 1, kK = 2 };  // V first: the first pass left some of it in L2
+
+// One of q, k and v.
+struct QuantizeTensor {
+  const void* in;       // (batch, seqlen, heads, head_dim)
+  std::uint8_t* out;    // likewise, or (batch, heads, head_dim, tokens) for a transposed V
+  float* descale;       // (batch, heads, n), see abi_quantize.h
+  std::uint32_t* amax;  // workspace: (batch, heads), (batch, heads, head_dim) or one
+  const std::int32_t* cu_seqlens;  // (batch + 1); null: dense
+  std::int64_t in_stride_batch, in_stride_seq, in_stride_head;
+  std::int64_t out_stride_batch, out_stride_seq, out_stride_head;
+  std::int32_t batch;
+  std::int32_t seqlen;  // of a sequence; of all where packed
+  std::int32_t heads;
+  std::int32_t head_dim;
+  std::int32_t slots;      // blocks of 128 tokens: of a sequence; of all where packed
+  std::int32_t num_tasks;  // (batch or 1) * max(slots, 1) * heads
+  FastDivide by_heads;
+  FastDivide by_slots;  // max(slots, 1)
+  ScaleKind scale;
+  bool aligned;    // 16-byte loads are possible
+  bool find_amax;  // the first pass looks for the largest |x|
+};
+
+struct QuantizeRotary {
+  const float* cos;  // (max_len, dim / 2)
+  const float* sin;
+  std::int32_t dim;  // 0: none
+  std::int32_t max_len;
+  std::int64_t q_offset, k_offset;
+  bool interleaved;
+  bool q_aligned;
+};
+
+struct QuantizeParams {
+  QuantizeTensor tensors[3];  // by QuantizeWhich
+  QuantizeRotary rotary;
+  std::int32_t num_tasks;      // of all tensors
+  std::int32_t hadamard_log2;  // of the channels it mixes; 0: none
+  float hadamard_scale;
+  std::uint32_t sign_bits[8];
+  bool v_transposed;
+  bool sum_k;  // the first pass adds up K
+  bool subtract_k_mean;
+  float* v_token_factor;  // (batch, heads_kv, seqlen_k); may be null
+  float* k_mean;          // (batch, heads_kv, head_dim); may be null
+  float* k_partial;       // workspace: (batch, heads_kv, slots, head_dim), sums over blocks
+};
+
+}  // namespace hopper_attention

@@ -1,0 +1,291 @@
+#include "quantize/problem.h"
+
+#include <algorithm>
+#include <climits>
+#include <cmath>
+
+#include "hopper_attention/mask.h"
+
+namespace hopper_attention {
+namespace {
+
+using Args = hopper_attention_quantize_args;
+
+std::string show(const std::string& name, long long value) {
+  return name + " is " + std::to_string(value);
+}
+
+bool packed(const Args& args) { return args.cu_seqlens_q != nullptr; }
+
+Status check_ranges(const Args& a) {
+  const struct {
+    const char* name;
+    long long value, low, high;
+  } fields[] = {{"dtype", a.dtype, 0, 1},
+                {"batch", a.batch, 0, kMaxLength},
+                {"seqlen_q", a.seqlen_q, 0, kMaxLength},
+                {"seqlen_k", a.seqlen_k, 0, kMaxLength},
+                {"heads", a.heads, 0, kMaxLength},
+                {"heads_kv", a.heads_kv, 0, kMaxLength},
+                {"head_dim", a.head_dim, 8, 256},
+                {"head_dim_v", a.head_dim_v, 8, 256}};
+  for (const auto& field : fields) {
+    if (field.value < field.low || field.value > field.high) {
+      return Status::invalid(show(field.name, field.value) + "; allowed are " +
+                             std::to_string(field.low) + " to " + std::to_string(field.high));
+    }
+  }
+  if (static_cast<double>(a.batch) * std::max(a.heads, a.heads_kv) >= 1ll << 31) {
+    return Status::invalid(show("batch", a.batch) + ": batch times heads must be below 2^31");
+  }
+  if (a.head_dim % 8 != 0 || a.head_dim_v % 8 != 0) {
+    return Status::invalid(show("head_dim", a.head_dim) + " and " +
+                           show("head_dim_v", a.head_dim_v) + "; allowed are multiples of 8");
+  }
+  return {};
+}
+
+Status check_scales(const Args& a) {
+  if (a.qk_scale < HOPPER_ATTENTION_SCALE_TENSOR || a.qk_scale > HOPPER_ATTENTION_SCALE_TOKEN) {
+    return Status::invalid(show("qk_scale", a.qk_scale) +
+                           "; allowed are 0 (tensor), 1 (head), 2 (block) and 3 (token)");
+  }
+  if (a.v_scale != HOPPER_ATTENTION_SCALE_TENSOR && a.v_scale != HOPPER_ATTENTION_SCALE_HEAD &&
+      a.v_scale != HOPPER_ATTENTION_SCALE_TOKEN && a.v_scale != HOPPER_ATTENTION_SCALE_CHANNEL) {
+    return Status::invalid(show("v_scale", a.v_scale) +
+                           "; allowed are 0 (tensor), 1 (head), 3 (token) and 4 (channel)");
+  }
+  return {};
+}
+
+Status check_rotary(const Args& a) {
+  if ((a.rotary_cos == nullptr) != (a.rotary_sin == nullptr)) {
+    return Status::invalid("rotary_cos and rotary_sin must both be given or both be null");
+  }
+  if (a.rotary_cos == nullptr) return {};
+  if (a.rotary_dim % 16 != 0 || a.rotary_dim < 16 || a.rotary_dim > a.head_dim) {
+    return Status::invalid(show("rotary_dim", a.rotary_dim) +
+                           "; allowed are multiples of 16 up to " + show("head_dim", a.head_dim));
+  }
+  if (a.rotary_max_len < 0) return Status::invalid(show("rotary_max_len", a.rotary_max_len));
+  // Sums with lengths stay far from the ends of 64 bits.
+  constexpr std::int64_t kMaxOffset = std::int64_t{1} << 40;
+  if (std::max(std::abs(a.rotary_q_offset), std::abs(a.rotary_k_offset)) > kMaxOffset) {
+    return Status::invalid("rotary_q_offset or rotary_k_offset is beyond 2^40");
+  }
+  if (a.rotary_q_aligned != 0 && a.heads > 0 && a.heads_kv == 0) {
+    return Status::invalid("rotary_q_aligned needs k, but heads_kv is 0");
+  }
+  const auto address = reinterpret_cast<std::uintptr_t>(a.rotary_cos) |
+                       reinterpret_cast<std::uintptr_t>(a.rotary_sin);
+  if (address % 16 != 0) {
+    return Status::invalid("rotary_cos or rotary_sin is not aligned to 16 bytes");
+  }
+  return {};
+}
+
+// One of q, k and v as the caller gave it.
+struct View {
+  const char* name;
+  const void* in;
+  void* out;
+  float* descale;
+  std::int64_t in_strides[3];  // batch, seq, head
+  std::int64_t out_strides[3];
+  int seqlen, heads, head_dim;
+  bool transposed;
+};
+
+View view(const Args& a, int which) {
+  if (which == kQ) {
+    return {"q",
+            a.q,
+            a.q_out,
+            a.q_descale,
+            {a.q_stride_batch, a.q_stride_seq, a.q_stride_head},
+            {a.q_out_stride_batch, a.q_out_stride_seq, a.q_out_stride_head},
+            a.seqlen_q,
+            a.heads,
+            a.head_dim,
+            false};
+  }
+  if (which == kK) {
+    return {"k",
+            a.k,
+            a.k_out,
+            a.k_descale,
+            {a.k_stride_batch, a.k_stride_seq, a.k_stride_head},
+            {a.k_out_stride_batch, a.k_out_stride_seq, a.k_out_stride_head},
+            a.seqlen_k,
+            a.heads_kv,
+            a.head_dim,
+            false};
+  }
+  return {"v",
+          a.v,
+          a.v_out,
+          a.v_descale,
+          {a.v_stride_batch, a.v_stride_seq, a.v_stride_head},
+          {a.v_out_stride_batch, a.v_out_stride_seq, a.v_out_stride_head},
+          a.seqlen_k,
+          a.heads_kv,
+          a.head_dim_v,
+          a.v_transposed != 0};
+}
+
+Status check_view(const Args& a, const View& v) {
+  const std::string name = v.name;
+  const bool of_tokens =
+      v.name[0] != 'v' && (a.qk_scale == HOPPER_ATTENTION_SCALE_TOKEN ||
+                           (a.qk_scale == HOPPER_ATTENTION_SCALE_BLOCK && !packed(a)));
+  const bool no_scales = v.seqlen == 0 && of_tokens;
+  if (v.descale == nullptr && !no_scales) return Status::invalid(name + "_descale is null");
+  if (v.seqlen == 0) return {};  // no element is read or written
+  if (v.in == nullptr) return Status::invalid(name + " is null");
+  if (reinterpret_cast<std::uintptr_t>(v.in) % 2 != 0) {
+    return Status::invalid(name + " is not aligned to its 2-byte elements");
+  }
+  if (v.out == nullptr || reinterpret_cast<std::uintptr_t>(v.out) % 16 != 0) {
+    return Status::invalid(name + "_out is null or not aligned to 16 bytes");
+  }
+  const char* dims[] = {"batch", "seq", "head"};
+  const int sizes[] = {packed(a) ? 1 : a.batch, v.transposed ? v.head_dim : v.seqlen, v.heads};
+  for (int i = 0; i < 3; ++i) {
+    if (v.in_strides[i] < 0 || v.in_strides[i] >= (1ll << 39)) {
+      return Status::invalid(show(name + "_stride_" + dims[i], v.in_strides[i]) +
+                             "; allowed are 0 to 2^39");
+    }
+    const std::int64_t out = v.out_strides[i];
+    if (sizes[i] > 1 && (out % 16 != 0 || out < 16 || out >= (1ll << 39))) {
+      return Status::invalid(show(name + "_out_stride_" + dims[i], out) +
+                             "; allowed are multiples of 16 from 16 to 2^39");
+    }
+  }
+  return {};
+}
+
+// Without the pointers into the workspace.
+QuantizeTensor make_tensor(const Args& a, const View& v, ScaleKind scale) {
+  QuantizeTensor t{};
+  t.in = v.in;
+  t.out = static_cast<std::uint8_t*>(v.out);
+  t.descale = v.descale;
+  t.cu_seqlens = v.name[0] == 'q' ? a.cu_seqlens_q : a.cu_seqlens_k;
+  t.in_stride_batch = v.in_strides[0];
+  t.in_stride_seq = v.in_strides[1];
+  t.in_stride_head = v.in_strides[2];
+  t.out_stride_batch = v.out_strides[0];
+  t.out_stride_seq = v.out_strides[1];
+  t.out_stride_head = v.out_strides[2];
+  t.batch = a.batch;
+  t.seqlen = v.seqlen;
+  t.heads = v.heads;
+  t.head_dim = v.head_dim;
+  t.slots = static_cast<int>(quantize_slots(v.seqlen, a.batch, packed(a)));
+  t.by_heads = FastDivide(std::max(v.heads, 1));
+  t.by_slots = FastDivide(std::max(t.slots, 1));
+  t.scale = scale;
+  const auto strides = v.in_strides[0] | v.in_strides[1] | v.in_strides[2];
+  t.aligned = strides % 8 == 0 && reinterpret_cast<std::uintptr_t>(v.in) % 16 == 0;
+  t.find_amax = scale != ScaleKind::kBlock && (scale != ScaleKind::kToken || v.name[0] == 'v');
+  return t;
+}
+
+void set_rotation(const Args& a, QuantizeParams* params) {
+  if (a.rotary_cos != nullptr) {
+    params->rotary = {a.rotary_cos,
+                      a.rotary_sin,
+                      a.rotary_dim,
+                      a.rotary_max_len,
+                      a.rotary_q_offset,
+                      a.rotary_k_offset,
+                      a.rotary_interleaved != 0,
+                      a.rotary_q_aligned != 0};
+  }
+  if (a.hadamard == 0) return;
+  params->hadamard_log2 = hadamard_log2(a.head_dim);
+  params->hadamard_scale =
+      static_cast<float>(1.0 / std::sqrt(static_cast<double>(1 << params->hadamard_log2)));
+  // Channels past the head dimension are zeros and must not become negative ones.
+  for (int channel = 0; channel < a.head_dim; ++channel) {
+    params->sign_bits[channel / 32] |= a.sign_bits[channel / 32] & (1u << channel % 32);
+  }
+}
+
+}  // namespace
+
+Status check_quantize_shape(const Args& a) {
+  if (Status status = check_ranges(a); !status.ok()) return status;
+  if (Status status = check_scales(a); !status.ok()) return status;
+  if ((a.cu_seqlens_q == nullptr) != (a.cu_seqlens_k == nullptr)) {
+    return Status::invalid("cu_seqlens_q and cu_seqlens_k must both be given or both be null");
+  }
+  return check_rotary(a);
+}
+
+Status check_quantize_tensors(const Args& a) {
+  for (int which : {kQ, kK, kV}) {
+    const View v = view(a, which);
+    if (v.heads == 0) continue;
+    if (Status status = check_view(a, v); !status.ok()) return status;
+  }
+  if (a.heads_kv > 0 && a.smooth_k != 0 && a.k_mean == nullptr) {
+    return Status::invalid("k_mean is null, but smooth_k is set");
+  }
+  if (reinterpret_cast<std::uintptr_t>(a.k_mean) % 16 != 0) {
+    return Status::invalid("k_mean is not aligned to 16 bytes");
+  }
+  const bool tokens = a.v_scale == HOPPER_ATTENTION_SCALE_TOKEN && a.seqlen_k > 0;
+  if (a.heads_kv > 0 && tokens && a.v_token_factor == nullptr) {
+    return Status::invalid("v_token_factor is null, but v_scale is 3 (token)");
+  }
+  if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % 16 != 0) {
+    return Status::invalid("workspace is null or not aligned to 16 bytes");
+  }
+  return {};
+}
+
+QuantizeWorkspace quantize_workspace(const Args& a) {
+  return quantize_workspace(a.batch, a.heads, a.heads_kv, a.head_dim, a.head_dim_v,
+                            quantize_slots(a.seqlen_k, a.batch, packed(a)), packed(a),
+                            a.smooth_k != 0);
+}
+
+Status plan_quantize(const Args& a, QuantizePlan* plan) {
+  QuantizeParams& params = plan->params;
+  params = {};
+  plan->workspace = quantize_workspace(a);
+  auto* words = static_cast<std::uint32_t*>(a.workspace);
+  const std::int64_t amax[] = {plan->workspace.v_amax, plan->workspace.q_amax,
+                               plan->workspace.k_amax};
+  double tasks = 0;
+  for (int which : {kV, kQ, kK}) {
+    const auto scale = static_cast<ScaleKind>(which == kV ? a.v_scale : a.qk_scale);
+    QuantizeTensor& tensor = params.tensors[which] = make_tensor(a, view(a, which), scale);
+    tensor.amax = words + amax[which];
+    const double of_tensor = static_cast<double>(packed(a) ? std::min(a.batch, 1) : a.batch) *
+                             tensor.by_slots.divisor * tensor.heads;
+    tasks += of_tensor;
+    if (tasks >= static_cast<double>(INT_MAX / 2)) {
+      return Status::invalid(
+          "batch x heads x sequence length is too large: more than 2^30 blocks "
+          "of 128 tokens");
+    }
+    tensor.num_tasks = static_cast<int>(of_tensor);
+  }
+  params.num_tasks = static_cast<int>(tasks);
+  set_rotation(a, &params);
+  params.v_transposed = a.v_transposed != 0;
+  params.v_token_factor = a.v_token_factor;
+  if (a.smooth_k != 0) {
+    params.k_mean = a.k_mean;
+    params.k_partial = reinterpret_cast<float*>(words + plan->workspace.k_partial);
+  }
+  plan->second_amax = a.smooth_k != 0 && params.tensors[kK].find_amax;
+  const int head_dim =
+      std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0, a.heads_kv > 0 ? a.head_dim_v : 0);
+  plan->tile = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
+  return {};
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,205 @@
+"""Attention in e4m3: from 16-bit tensors by a recipe, from a `Quantized`, or from FA3's tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from . import checks, ops_fp8
+from .quantize import DEFAULT_RECIPE, quantize
+from .quantized import Quantized
+from .recipe import Fp8Recipe
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+
+def flash_attn_fp8_func(
+    q: torch.Tensor | Quantized,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    recipe: Fp8Recipe | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    sm_margin: int = 0,
+    return_attn_probs: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Result:
+    """Attention whose two products run in FP8 (e4m3).
+
+    `flash_attn_fp8_func(q, k, v, recipe)` quantizes 16-bit tensors first;
+    `flash_attn_fp8_func(quantized)` takes what `quantize` returned, which pays where K and V are
+    used again. Masks and shapes are those of `flash_attn_func`.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU; or a
+            `Quantized` of dense tensors.
+        k: (batch, seqlen_k, heads_kv, head_dim); None beside a `Quantized`.
+        v: (batch, seqlen_k, heads_kv, head_dim_v); likewise.
+        recipe: how to quantize and how to add up; None is `Fp8Recipe()`, and beside a `Quantized`
+            its own.
+        softmax_scale: finite factor of q k^T; None is head_dim ** -0.5.
+        causal: row i sees keys up to its position; overrides window_size[1] by 0.
+        window_size: (left, right), the keys seen before and after a row's position; -1 or None is
+            unbounded.
+        softcap: where positive, scores become softcap * tanh(scores / softcap); not with smooth_k,
+            since the scores lack what K's mean would add.
+        sm_margin: multiprocessors to leave free for other work.
+        return_attn_probs: also return the log-sum-exp, that of the scores before K's mean was
+            subtracted.
+        out_dtype: torch.bfloat16 or torch.float16; None is q's dtype, bfloat16 for a `Quantized`.
+
+    Returns:
+        out, (batch, seqlen_q, heads, head_dim_v), contiguous, in out_dtype; or (out, softmax_lse)
+        where return_attn_probs, softmax_lse (batch, heads, seqlen_q) in float32 with the natural
+        logarithm.
+
+    Raises:
+        ValueError: a shape, device or number is not allowed.
+        TypeError: a type or dtype is not allowed.
+        NotImplementedError: sequences are packed, or a tensor requires grad.
+        RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
+    """
+    if isinstance(q, Quantized):
+        scalars, out_dtype = prepare_quantized(
+            *(q, k, v, recipe, softmax_scale, causal, window_size, softcap, sm_margin, out_dtype)
+        )
+        return _attend(q, scalars, out_dtype, return_attn_probs)
+    if k is None or v is None:
+        raise TypeError("k and v must be torch.Tensor where q is one, got None")
+    checks.tensors(q=q, k=k, v=v)
+    recipe = DEFAULT_RECIPE if recipe is None else recipe
+    if not isinstance(recipe, Fp8Recipe):
+        raise TypeError(f"recipe must be an Fp8Recipe or None, got {type(recipe).__name__}")
+    scalars = _scalars(q, softmax_scale, causal, window_size, softcap, sm_margin)
+    _check_combination(recipe, scalars[4])
+    out_dtype = q.dtype if out_dtype is None else out_dtype
+    return _attend(quantize(q, k, v, recipe), scalars, out_dtype, return_attn_probs)
+
+
+def attention_of_e4m3(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    descales: tuple[Any, Any, Any],
+    scalars: ops_fp8.Scalars,
+    return_attn_probs: bool,
+) -> Result:
+    """What `flash_attn_func` does with e4m3 tensors: FlashAttention-3's interface.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim) e4m3, and k and v likewise, V in rows.
+        k: as q, with heads_kv heads.
+        v: as k.
+        descales: q_descale, k_descale, v_descale: (batch, heads_kv) float32 each, any strides; or
+            None for 1.
+        scalars: the operator's.
+        return_attn_probs: also return the log-sum-exp.
+
+    Returns:
+        As `flash_attn_func`, in bfloat16.
+    """
+    for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
+        if descale is not None:
+            checks.tensors(**{name: descale})
+    out, lse = ops_fp8.forward_fp8(
+        *(q, k, v, *descales, None), torch.bfloat16, False, False, *scalars
+    )
+    return (out, lse) if return_attn_probs else out
+
+
+def prepare_quantized(
+    x: Quantized,
+    k: Any,
+    v: Any,
+    recipe: Any,
+    softmax_scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    sm_margin: Any,
+    out_dtype: torch.dtype | None,
+) -> tuple[ops_fp8.Scalars, torch.dtype]:
+    """The operator's scalars and out_dtype for `flash_attn_fp8_func` with a `Quantized`.
+
+    Raises:
+        ValueError, TypeError: as `flash_attn_fp8_func`.
+    """
+    for name, value in (("k", k), ("v", v), ("recipe", recipe)):
+        if value is not None:
+            raise ValueError(f"{name} must be None where q is a Quantized, which has its own")
+    scalars = _scalars(x.q, softmax_scale, causal, window_size, softcap, sm_margin)
+    _check_combination(x.recipe, scalars[4])
+    return scalars, torch.bfloat16 if out_dtype is None else out_dtype
+
+
+def _scalars(
+    q: torch.Tensor, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any, sm_margin: Any
+) -> ops_fp8.Scalars:
+    """Checks types; values are checked by the operator."""
+    if softmax_scale is None:
+        softmax_scale = checks.default_scale(q)
+    left, right = checks.window(window_size)
+    return (
+        checks.real("softmax_scale", softmax_scale),
+        checks.flag("causal", causal),
+        left,
+        right,
+        checks.real("softcap", softcap),
+        checks.integer("sm_margin", sm_margin),
+    )
+
+
+def _check_combination(recipe: Fp8Recipe, softcap: float) -> None:
+    if recipe.smooth_k and softcap != 0:
+        raise ValueError(
+            f"softcap must be 0 with smooth_k, got {softcap}: subtracting K's mean shifts a row's "
+            "scores, and a soft cap sees the shift"
+        )
+
+
+def forward_arguments(x: Quantized) -> tuple[Any, ...]:
+    """The operator's tensors, in its order.
+
+    Raises:
+        NotImplementedError: the sequences are packed.
+    """
+    if x.packed:
+        raise NotImplementedError(
+            "q: attention of packed sequences in e4m3 is not built yet; quantize them apart, or "
+            "padded to one length"
+        )
+    return (x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
+
+
+def _attend(
+    x: Quantized,
+    scalars: ops_fp8.Scalars,
+    out_dtype: torch.dtype,
+    return_attn_probs: bool,
+) -> Result:
+    out: torch.Tensor
+    lse: torch.Tensor
+    out, lse = ops_fp8.forward_fp8(
+        *forward_arguments(x),
+        out_dtype,
+        x.recipe.transpose_v,
+        x.recipe.accumulation == "fast",
+        *scalars,
+    )
+    if not return_attn_probs:
+        return out
+    if x.k_mean is not None:
+        lse = lse + _mean_scores(x, x.k_mean, scalars[0])
+    return out, lse
+
+
+def _mean_scores(x: Quantized, k_mean: torch.Tensor, scale: float) -> torch.Tensor:
+    """What subtracting K's mean took from each row's scores: (batch, heads, seqlen_q)."""
+    q = x.q.float() * x._per_token(x.q_descale, x.q, None)
+    heads, heads_kv = q.shape[2], k_mean.shape[1]
+    mean = k_mean.repeat_interleave(heads // max(1, heads_kv), 1)  # (batch, heads, head_dim)
+    scores: torch.Tensor = torch.einsum("bshd,bhd->bhs", q, mean) * scale
+    return scores

@@ -1,0 +1,238 @@
+"""The e4m3 forward as a PyTorch operator: torch.ops.hopper_attention.forward_fp8."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+
+from . import _library, checks, ops
+from .checks_fp8 import Request, Tensors, request
+from .ops_quantize import spaced
+
+_library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
+_library_fragment.define(
+    "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
+    "Tensor? v_descale, Tensor? v_token_factor, ScalarType out_dtype, bool v_transposed, "
+    "bool fast_accumulation, float softmax_scale, bool causal, int window_left, "
+    "int window_right, float softcap, int sm_margin) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+_GRANULE = 16  # bytes, and elements of e4m3: TMA's
+_MAX_STRIDE = 1 << 39
+_NO_SCALE = (0, 0)
+
+Scalars = tuple[float, bool, int, int, float, int]
+Strides = tuple[int, int, int]
+
+
+def copy_reason(tensor: torch.Tensor) -> str | None:
+    """Why the kernels cannot read an e4m3 tensor in place, or None when they can."""
+    if tensor.numel() == 0:
+        return None
+    if tensor.stride(3) != 1:
+        return f"the last dimension has stride {tensor.stride(3)}, not 1"
+    for dim, stride in enumerate(_legal_strides(tensor)):
+        if stride % _GRANULE or not 0 <= stride < _MAX_STRIDE:
+            return f"the stride of dimension {dim}, {stride} bytes, is not a multiple of {_GRANULE}"
+    address = 0 if _has_no_memory(tensor) else tensor.data_ptr()
+    if address % _GRANULE:
+        return f"the address is not a multiple of {_GRANULE} bytes"
+    return None
+
+
+def _has_no_memory(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "meta" or isinstance(
+        tensor, torch._subclasses.fake_tensor.FakeTensor
+    )
+
+
+def _legal_strides(tensor: torch.Tensor) -> Strides:
+    # That of a dimension of size 1, or of an empty tensor, is never taken.
+    empty = tensor.numel() == 0
+    first, second, third = (
+        0 if empty or tensor.shape[i] == 1 else tensor.stride(i) for i in range(3)
+    )
+    return first, second, third
+
+
+def _in_place(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy that the kernels can read."""
+    if copy_reason(tensor) is None:
+        return tensor
+    copy = spaced(tuple(tensor.shape), tensor.device)
+    copy.copy_(tensor)
+    return copy
+
+
+def _strides(tensor: torch.Tensor, transposed: bool = False) -> Strides:
+    """(batch, seq, head), or (batch, channel, head) of a transposed v."""
+    batch, first, second = _legal_strides(tensor)
+    return (batch, second, first) if transposed else (batch, first, second)
+
+
+def _planned_strides(tensor: torch.Tensor, transposed: bool = False) -> Strides:
+    """Those after the copy that `_in_place` would make."""
+    if copy_reason(tensor) is None:
+        return _strides(tensor, transposed)
+    return _strides(spaced(tuple(tensor.shape), torch.device("meta")), transposed)
+
+
+def _floats_in_place(descale: torch.Tensor | None) -> torch.Tensor | None:
+    """Scales with a contiguous last dimension, where they have one."""
+    if descale is None or descale.dim() == 2 or descale.shape[2] <= 1 or descale.stride(2) == 1:
+        return descale
+    return descale.contiguous()
+
+
+def _scale_strides(descale: torch.Tensor | None) -> tuple[int, int]:
+    return _NO_SCALE if descale is None else (descale.stride(0), descale.stride(1))
+
+
+def _longs(
+    strides: tuple[Strides, Strides, Strides], out: Strides, x: Tensors, r: Request
+) -> list[int]:
+    """Strides in the order of bindings_fp8.cpp."""
+    return [
+        *(stride for of_tensor in strides for stride in of_tensor),
+        *out,
+        *_scale_strides(x.q_descale),
+        *_scale_strides(x.k_descale),
+        *_scale_strides(x.v_descale),
+        int(r.v_per_channel),
+        *_scale_strides(x.v_token_factor),
+    ]
+
+
+def _ints(
+    r: Request, out_dtype: torch.dtype, v_transposed: bool, fast: bool, scalars: Scalars
+) -> list[int]:
+    """Sizes and choices in the order of bindings_fp8.cpp."""
+    _, causal, window_left, window_right, _, sm_margin = scalars
+    return [
+        *r.dims,
+        int(causal),
+        min(window_left, checks.INT32_MAX),
+        0 if causal else min(window_right, checks.INT32_MAX),
+        sm_margin,
+        checks.DTYPE_CODES[out_dtype],
+        int(fast),
+        int(v_transposed),
+        r.q_tokens,
+        r.k_tokens,
+        int(r.q_per_kv),
+    ]
+
+
+def _out_strides(r: Request) -> Strides:
+    _, seqlen_q, _, heads, _, _, head_dim_v = r.dims
+    return seqlen_q * heads * head_dim_v, heads * head_dim_v, head_dim_v
+
+
+def _allocate(
+    r: Request, out_dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, seqlen_q, _, heads, _, _, head_dim_v = r.dims
+    out = torch.empty(batch, seqlen_q, heads, head_dim_v, dtype=out_dtype, device=device)
+    return out, torch.empty(batch, heads, seqlen_q, dtype=torch.float32, device=device)
+
+
+def _forward_cuda(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_descale: torch.Tensor | None,
+    k_descale: torch.Tensor | None,
+    v_descale: torch.Tensor | None,
+    v_token_factor: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    v_transposed: bool,
+    fast_accumulation: bool,
+    *scalars: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    device_index = q.get_device()
+    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
+    r = request(x, out_dtype, v_transposed, scalars)
+    checks.no_backward(q, k, v)
+    if device_index != torch.cuda.current_device():
+        with torch.cuda.device(q.device):
+            return _forward_cuda(
+                *(q, k, v, q_descale, k_descale, v_descale, v_token_factor),
+                *(out_dtype, v_transposed, fast_accumulation, *scalars),
+            )
+    library = _library.load()
+    out, lse = _allocate(r, out_dtype, q.device)
+    if not lse.numel():
+        return out, lse
+    q, k, v = _in_place(q), _in_place(k), _in_place(v)
+    scales = [
+        _floats_in_place(s) for s in (x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
+    ]
+    x = Tensors(q, k, v, *scales)
+    strides = (_strides(q), _strides(k), _strides(v, v_transposed))
+    stream = ops._raw_stream(device_index)
+    library.forward_fp8(
+        [
+            *(tensor.data_ptr() for tensor in (q, k, v, out, lse)),
+            *(0 if scale is None else scale.data_ptr() for scale in scales),
+        ],
+        _longs(strides, _out_strides(r), x, r),
+        _ints(r, out_dtype, v_transposed, fast_accumulation, scalars),
+        scalars[0],
+        scalars[4],
+        ops._workspace(library, device_index, stream).data_ptr(),
+        stream,
+    )
+    return out, lse
+
+
+def _forward_cpu(q: torch.Tensor, *_: Any) -> NoReturn:
+    raise ValueError(
+        f"q, k and v must be on a CUDA device, got {q.device}; on the CPU, "
+        "hopper_attention.emulation_fp8.attention computes what the kernel computes"
+    )
+
+
+def _forward_fake(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_descale: torch.Tensor | None,
+    k_descale: torch.Tensor | None,
+    v_descale: torch.Tensor | None,
+    v_token_factor: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    v_transposed: bool,
+    fast_accumulation: bool,
+    *scalars: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
+    r = request(x, out_dtype, v_transposed, scalars)
+    checks.no_backward(q, k, v)
+    return _allocate(r, out_dtype, q.device)
+
+
+def explain(
+    x: Tensors, out_dtype: torch.dtype, v_transposed: bool, fast: bool, scalars: Scalars
+) -> tuple[str, tuple[str, ...]]:
+    """How a call would run: the library's JSON, and which tensors would be copied first."""
+    r = request(x, out_dtype, v_transposed, scalars)
+    strides = (
+        _planned_strides(x.q),
+        _planned_strides(x.k),
+        _planned_strides(x.v, v_transposed),
+    )
+    ints = _ints(r, out_dtype, v_transposed, fast, scalars)
+    answer = _library.load().explain_forward_fp8(
+        _longs(strides, _out_strides(r), x, r), ints, scalars[0], scalars[4]
+    )
+    reasons = {name: copy_reason(tensor) for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v))}
+    return answer, tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+_library_fragment.impl("forward_fp8", _forward_cuda, "CUDA")
+_library_fragment.impl("forward_fp8", _forward_cpu, "CPU")
+torch.library.register_fake("hopper_attention::forward_fp8", _forward_fake, lib=_library_fragment)
+
+forward_fp8 = torch.ops.hopper_attention.forward_fp8.default

@@ -1,0 +1,231 @@
+// The quantizer's geometry and checks, against brute force.
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "check.h"
+#include "quantize/problem.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+void fast_division_is_division() {
+  check::context = "division";
+  std::mt19937 random(1);
+  const auto test = [](std::int32_t n, std::int32_t by) {
+    if (FastDivide(by).quotient(n) != n / by) {
+      check::context = std::to_string(n) + " / " + std::to_string(by);
+      CHECK(false);
+    }
+  };
+  for (std::int32_t by = 1; by < 300; ++by) {
+    for (std::int32_t n = 0; n < 1000; ++n) test(n, by);
+  }
+  constexpr std::int32_t kMost = 2147483647;
+  for (int i = 0; i < 300000; ++i) {
+    const auto by = static_cast<std::int32_t>(random() >> (1 + random() % 31)) | 1;
+    const std::int32_t even = by < kMost ? by + 1 : by;
+    const auto n = static_cast<std::int32_t>(random() >> 1);
+    for (std::int32_t d : {by, even}) {
+      test(n, d);
+      test(kMost, d);
+      const std::int32_t multiple = n / d * d;
+      test(multiple, d);
+      if (multiple > 0) test(multiple - 1, d);
+    }
+  }
+  for (int bit = 0; bit < 31; ++bit) {
+    for (std::int32_t d : {1 << bit, (1 << bit) - (bit > 0), (1 << bit) + (bit > 0)}) {
+      test(kMost, d), test(kMost - 1, d), test(d, d), test(d - 1, d);
+    }
+  }
+  check::context = "default";
+  CHECK(FastDivide(7).quotient(48) == 6);
+}
+
+void hadamard_blocks() {
+  check::context = "Hadamard blocks";
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    int largest = 1;
+    for (int block = 1; block <= head_dim; block *= 2) {
+      if (head_dim % block == 0) largest = block;
+    }
+    CHECK(1 << hadamard_log2(head_dim) == largest);
+  }
+  CHECK(hadamard_log2(96) == 5 && hadamard_log2(192) == 6 && hadamard_log2(72) == 3);
+}
+
+void slots_of_packed_sequences() {
+  check::context = "slots";
+  std::mt19937 random(2);
+  for (int round = 0; round < 2000; ++round) {
+    const int batch = 1 + random() % 9;
+    std::int64_t begin = 0, free_slot = 0;
+    for (int i = 0; i < batch; ++i) {
+      const std::int64_t length = random() % 4 == 0 ? 0 : random() % 500;
+      const std::int64_t first = first_slot(begin, i);
+      CHECK(first >= free_slot);
+      free_slot = first + std::max<std::int64_t>(1, (length + 127) / 128);
+      begin += length;
+    }
+    CHECK(free_slot <= quantize_slots(begin, batch, true));
+  }
+  CHECK(quantize_slots(0, 3, false) == 0 && quantize_slots(129, 3, false) == 2);
+}
+
+struct Call {
+  alignas(16) char memory[64] = {};
+  hopper_attention_quantize_args args{};
+
+  Call() {
+    args.struct_size = sizeof(args);
+    args.q = args.k = args.v = args.q_out = args.k_out = args.v_out = args.workspace = memory;
+    args.q_descale = args.k_descale = args.v_descale = reinterpret_cast<float*>(memory);
+    args.dtype = HOPPER_ATTENTION_BFLOAT16;
+    args.batch = 2;
+    args.heads = 4;
+    args.heads_kv = 2;
+    args.seqlen_q = 100;
+    args.seqlen_k = 300;
+    args.head_dim = args.head_dim_v = 128;
+    args.qk_scale = HOPPER_ATTENTION_SCALE_BLOCK;
+    args.v_scale = HOPPER_ATTENTION_SCALE_CHANNEL;
+    for (auto* strides :
+         {&args.q_stride_batch, &args.k_stride_batch, &args.v_stride_batch,
+          &args.q_out_stride_batch, &args.k_out_stride_batch, &args.v_out_stride_batch}) {
+      strides[0] = 1 << 20, strides[1] = 1 << 10, strides[2] = 128;
+    }
+  }
+
+  Status status() const {
+    Status shape = check_quantize_shape(args);
+    return shape.ok() ? check_quantize_tensors(args) : shape;
+  }
+  bool refused(const char* words) const {
+    const Status found = status();
+    check::context = std::string("\"") + words + "\" in: " + found.message;
+    return found.code == HOPPER_ATTENTION_INVALID_ARGUMENT &&
+           found.message.find(words) != std::string::npos;
+  }
+};
+
+template <class Change>
+Call with(Change change) {
+  Call call;
+  change(call.args);
+  return call;
+}
+
+void wrong_arguments_are_named() {
+  check::context = "a good call";
+  CHECK(Call().status().ok());
+  CHECK(with([](auto& a) { a.dtype = HOPPER_ATTENTION_E4M3; }).refused("dtype is 2"));
+  CHECK(with([](auto& a) { a.batch = -1; }).refused("batch is -1"));
+  CHECK(with([](auto& a) { a.batch = a.heads = 1 << 20; }).refused("batch times heads"));
+  CHECK(with([](auto& a) { a.head_dim = 12; }).refused("head_dim is 12"));
+  CHECK(with([](auto& a) { a.head_dim_v = 264; }).refused("head_dim_v is 264"));
+  CHECK(with([](auto& a) { a.qk_scale = 4; }).refused("qk_scale is 4"));
+  CHECK(with([](auto& a) { a.v_scale = 2; }).refused("v_scale is 2"));
+  CHECK(with([](auto& a) { a.q = nullptr; }).refused("q is null"));
+  CHECK(with([](auto& a) { a.v_descale = nullptr; }).refused("v_descale is null"));
+  CHECK(with([](auto& a) { a.workspace = nullptr; }).refused("workspace is null"));
+  CHECK(with([](auto& a) { a.smooth_k = 1; }).refused("k_mean is null"));
+  CHECK(with([](auto& a) { a.v_scale = 3; }).refused("v_token_factor is null"));
+  CHECK(with([](auto& a) { a.k_stride_seq = -8; }).refused("k_stride_seq is -8"));
+  CHECK(with([](auto& a) { a.v_out_stride_seq = 8; }).refused("v_out_stride_seq is 8"));
+  CHECK(with([](auto& a) { a.q_out = static_cast<char*>(a.q_out) + 8; }).refused("q_out is"));
+  CHECK(with([](auto& a) {
+          a.cu_seqlens_q = reinterpret_cast<const std::int32_t*>(a.q);
+        }).refused("cu_seqlens_q and cu_seqlens_k"));
+}
+
+void wrong_rotary_is_named() {
+  const auto rotary = [](auto change) {
+    return with([&](auto& a) {
+      a.rotary_cos = a.rotary_sin = static_cast<const float*>(a.q);
+      a.rotary_dim = 64;
+      a.rotary_max_len = 300;
+      change(a);
+    });
+  };
+  check::context = "a good rotary call";
+  CHECK(rotary([](auto&) {}).status().ok());
+  CHECK(rotary([](auto& a) { a.rotary_dim = 24; }).refused("rotary_dim is 24"));
+  CHECK(rotary([](auto& a) { a.rotary_dim = 144; }).refused("rotary_dim is 144"));
+  CHECK(rotary([](auto& a) { a.rotary_sin = nullptr; }).refused("both be given"));
+  CHECK(rotary([](auto& a) { a.rotary_k_offset = 1ll << 41; }).refused("beyond 2^40"));
+  CHECK(rotary([](auto& a) { a.rotary_q_aligned = 1, a.heads_kv = 0; }).refused("needs k"));
+}
+
+void plans() {
+  QuantizePlan plan;
+  Call call;
+  check::context = "plan";
+  CHECK(plan_quantize(call.args, &plan).ok());
+  CHECK(plan.tile == 128 && !plan.second_amax);
+  CHECK(plan.params.tensors[kQ].num_tasks == 2 * 4 * 1);
+  CHECK(plan.params.tensors[kK].num_tasks == 2 * 2 * 3);
+  CHECK(plan.params.num_tasks == 8 + 12 + 12);
+  CHECK(plan.params.tensors[kV].find_amax && !plan.params.tensors[kQ].find_amax);
+  CHECK(plan.params.tensors[kQ].aligned);
+
+  call.args.q_stride_seq = 1 << 10 | 4;
+  call.args.qk_scale = HOPPER_ATTENTION_SCALE_HEAD;
+  call.args.smooth_k = 1;
+  call.args.head_dim_v = 136;
+  call.args.hadamard = 1;
+  call.args.head_dim = 96;
+  std::memset(call.args.sign_bits, 0xff, sizeof(call.args.sign_bits));
+  CHECK(plan_quantize(call.args, &plan).ok());
+  CHECK(plan.tile == 256 && plan.second_amax);
+  CHECK(!plan.params.tensors[kQ].aligned && plan.params.tensors[kK].aligned);
+  CHECK(plan.params.hadamard_log2 == 5);
+  CHECK(plan.params.hadamard_scale == static_cast<float>(1.0 / std::sqrt(32.0)));
+  CHECK(plan.params.sign_bits[2] == 0xffffffffu && plan.params.sign_bits[3] == 0);
+
+  // The parts of the workspace lie apart, and the last ends where it ends.
+  const QuantizeWorkspace& w = plan.workspace;
+  CHECK(w.k_amax >= w.q_amax + 2 * 4 && w.v_amax >= w.k_amax + 2 * 2);
+  CHECK(w.amax_words >= w.v_amax + 2 * 2 * 136 && w.k_partial >= w.amax_words);
+  CHECK(w.words == w.k_partial + 2 * 2 * 3 * 96);
+
+  call.args.seqlen_k = call.args.seqlen_q = 1 << 29;
+  call.args.heads = call.args.heads_kv = 1 << 12;
+  const Status status = plan_quantize(call.args, &plan);
+  check::context = status.message;
+  CHECK(status.message.find("more than 2^30 blocks") != std::string::npos);
+}
+
+void empty_calls() {
+  Call call;
+  call.args.seqlen_q = call.args.seqlen_k = 0;
+  call.args.q = call.args.k = call.args.v = nullptr;
+  call.args.q_out = call.args.k_out = call.args.v_out = nullptr;
+  check::context = "no tokens";
+  CHECK(call.status().ok());
+  call.args.q_descale = call.args.k_descale = nullptr;  // of no blocks
+  CHECK(call.status().ok());
+  call.args.qk_scale = HOPPER_ATTENTION_SCALE_HEAD;
+  CHECK(call.refused("q_descale is null"));
+  QuantizePlan plan;
+  CHECK(plan_quantize(call.args, &plan).ok());
+  CHECK(plan.params.tensors[kV].num_tasks == 4);  // a task each writes the scales
+  call.args.heads_kv = 0;
+  CHECK(plan_quantize(call.args, &plan).ok());
+  CHECK(plan.params.tensors[kV].num_tasks == 0 && plan.params.tensors[kQ].num_tasks == 8);
+}
+
+}  // namespace
+
+int main() {
+  fast_division_is_division();
+  hadamard_blocks();
+  slots_of_packed_sequences();
+  wrong_arguments_are_named();
+  wrong_rotary_is_named();
+  plans();
+  empty_calls();
+  return check::result();
+}
