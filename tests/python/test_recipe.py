@@ -36,7 +36,7 @@ def test_a_switch_is_a_bool(field):
 
 @pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**63, ValueError), (1.0, TypeError)])
 def test_a_seed_is_one_of_the_generator(seed, error):
-    with pytest.raises(error, match="^seed must be "):
+    with pytest.raises(error, match=r"^seed must be "):
         Fp8Recipe(seed=seed)
 
 
