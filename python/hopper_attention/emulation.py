@@ -263,7 +263,7 @@ def _attend(
     reference = torch.full((*q.shape[:3], 1), -torch.inf)
     row_sum = torch.zeros_like(reference)
     total = torch.zeros(*q.shape[:3], v.shape[3])
-    for rows, keys in _steps(mask, tile):
+    for rows, keys in tile_steps(mask, tile):
         mine = (..., slice(rows.start, rows.stop), slice(None))
         theirs = (..., slice(keys.start, keys.stop), slice(None))
         scores = transform.apply(q[mine] @ k[theirs].mT)
@@ -287,7 +287,7 @@ def _attend(
     return out.to(arithmetic.output), lse.squeeze(3)
 
 
-def _steps(mask: Mask, tile: tuple[int, int]) -> Iterator[tuple[range, range]]:
+def tile_steps(mask: Mask, tile: tuple[int, int]) -> Iterator[tuple[range, range]]:
     """Key blocks from right to left, each with the rows of the query blocks that visit it.
 
     Every row meets its blocks in the kernel's order, and all rows that share a block do so at once:

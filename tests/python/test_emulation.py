@@ -180,7 +180,7 @@ def test_largest_probability_is_exact(score):
 
 
 def test_blocks_go_from_right_to_left():
-    steps = list(emulation._steps(emulation.Mask.make(100, 250, False, -1, -1), (64, 96)))
+    steps = list(emulation.tile_steps(emulation.Mask.make(100, 250, False, -1, -1), (64, 96)))
     assert steps == [
         (range(100), range(192, 250)),
         (range(100), range(96, 192)),
@@ -205,7 +205,7 @@ def test_every_visible_key_is_visited_and_every_hidden_one_masked(
     seen = reference.visible(positions, seqlen_k, left, 0 if causal else right)
     assert mask.full == bool(seen.all())
     visited = torch.zeros_like(seen)
-    for rows, keys in emulation._steps(mask, tile):
+    for rows, keys in emulation.tile_steps(mask, tile):
         block = (slice(rows.start, rows.stop), slice(keys.start, keys.stop))
         assert not visited[block].any()
         visited[block] = True

@@ -1,0 +1,280 @@
+"""What the FP8 forward kernels compute, on the CPU: the same tiles, scales, order and roundings.
+
+As in `emulation.py` a query row visits tiles of keys from right to left, and keeps a reference m,
+the sum l and the unnormalised output O in float32. Q, K and V are e4m3 with scales:
+
+    S = q k^T                                          `tensor_core.py`, from zero
+    X = log2(e) softmax_scale q_descale k_descale S    softcap and mask as in 16 bits
+    m' = max(m, rowmax(X))
+    alpha = exp2(m - m')
+    P = exp2(X - m' + 8)                               up to 256, so that e4m3's range is used
+    l = alpha l + rowsum(P)                            P before it is rounded
+    P' = round to e4m3(P v_token_factor)
+    O = alpha O + P' v            accumulation "fp32": the tile's product from zero, then float32
+    O = (alpha O) + P' v          accumulation "fast": the tensor core adds to O
+    out = round(v_descale O / l), lse = ln(l) + (m - 8) ln(2)
+
+The offset 8 and the fast accumulation are those of Shah et al., "FlashAttention-3"
+(arXiv:2407.08608); the float32 sum of short products is "DeepSeek-V3"'s (arXiv:2412.19437).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from . import checks
+from .emulation import Mask, kernel_tile, tile_steps
+from .recipe import E4M3_MAX, QK_BLOCK_TOKENS, Fp8Recipe
+from .reference_quantizer import QuantizedParts, quantize
+from .tensor_core import FRACTION_BITS, multiply_accumulate
+from .v_layout import untranspose_v
+
+TILE = (128, 128)
+"""Query rows and keys of a block where the kernels' own are not known."""
+
+P_OFFSET = 8.0
+"""P is multiplied by 2 to this power."""
+
+_LOG2_E = math.log2(math.e)
+_LN_2 = math.log(2.0)
+_OUTPUTS = (torch.float16, torch.bfloat16)
+
+
+def attention(
+    quantized: QuantizedParts,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    out_dtype: torch.dtype = torch.bfloat16,
+    tile: tuple[int, int] | None = None,
+    fraction_bits: int | None = FRACTION_BITS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of e4m3 tensors with the kernel's roundings, on the CPU.
+
+    Args:
+        quantized: a dense batch, or anything with `QuantizedParts`' fields; on the CPU.
+        softmax_scale: factor of q k^T; None is head_dim ** -0.5.
+        causal: row i sees keys up to its position; overrides window_size[1] by 0.
+        window_size: (left, right), the keys seen before and after a row's position; -1 or None is
+            unbounded.
+        softcap: where positive, scores become softcap * tanh(scores / softcap).
+        out_dtype: torch.bfloat16 or torch.float16.
+        tile: (tile_m, tile_n), query rows and keys of a block; None is the kernel's own where the
+            installed kernels have one for e4m3, and `TILE` elsewhere.
+        fraction_bits: what the tensor core keeps, see `tensor_core.multiply_accumulate`; None sums
+            in float32, which is faster and shows what the tensor core's sum costs.
+
+    Returns:
+        out (batch, seqlen_q, heads, head_dim_v) in out_dtype and lse (batch, heads, seqlen_q) in
+        float32. A row that sees no key has out 0 and lse -inf.
+
+    Raises:
+        ValueError: a shape, device or number is not allowed.
+        TypeError: a type or dtype is not allowed.
+    """
+    x, recipe = quantized, quantized.recipe
+    if out_dtype not in _OUTPUTS:
+        raise TypeError(f"out_dtype must be torch.bfloat16 or torch.float16, got {out_dtype}")
+    for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
+        if tensor.dtype != torch.float8_e4m3fn:
+            raise TypeError(f"{name} must be torch.float8_e4m3fn, got {tensor.dtype}")
+        if tensor.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU to be emulated, got {tensor.device}")
+    v = untranspose_v(x.v, x.k.shape[1]) if recipe.transpose_v else x.v
+    batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v = checks.attention_dims(
+        x.q, x.k, v
+    )
+    scale = checks.default_scale(x.q) if softmax_scale is None else softmax_scale
+    left, right = checks.window(window_size)
+    checks.scalars(scale, left, right, softcap, sm_margin=0)
+    if softcap > 0 and recipe.smooth_k:
+        raise ValueError(
+            f"softcap is {softcap}: with smooth_k it must be 0, since a softcap sees K's mean"
+        )
+    mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
+    if tile is None:
+        tile = _kernel_tile(head_dim, head_dim_v, seqlen_k, not mask.full or softcap > 0)
+
+    q, k, v = (t.float().transpose(1, 2) for t in (x.q, x.k, v))  # (batch, heads, seq, dim)
+    q_descale = _per_token(x.q_descale, seqlen_q)
+    k_descale = _per_token(x.k_descale, seqlen_k)
+    factor = x.v_token_factor
+    out = torch.zeros(batch, heads, seqlen_q, head_dim_v, dtype=out_dtype)
+    lse = torch.full((batch, heads, seqlen_q), -torch.inf)
+    group = heads // heads_kv if heads_kv else 1
+
+    def compute(b: int, h: int) -> None:
+        kv = h // group
+        head = _Head(
+            q=q[b, h].contiguous(),
+            k=k[b, kv].contiguous(),
+            v=v[b, kv].contiguous(),
+            row_factor=q_descale[b, h],
+            key_factor=k_descale[b, kv],
+            v_factor=None if factor is None else factor[b, kv],
+            scale=scale,
+            softcap=softcap,
+        )
+        total, row_sum, reference = _attend(head, mask, tile, recipe, fraction_bits)
+        empty = row_sum == 0
+        inverse = row_sum.reciprocal().masked_fill_(empty, 0.0)
+        out[b, h] = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
+        lse[b, h] = _lse(row_sum, reference, empty)
+
+    _for_each_head(compute, batch, heads)
+    if x.k_mean is not None:
+        lse += _mean_scores(q * q_descale[..., None], x.k_mean, scale)
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def attention_from_16_bits(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    recipe: Fp8Recipe | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+    fraction_bits: int | None = FRACTION_BITS,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantizes float16 or bfloat16 tensors and attends: `reference_quantizer` and `attention`.
+
+    Args:
+        q: (batch, seqlen_q, heads, head_dim), on the CPU; its dtype is the output's.
+        k: (batch, seqlen_k, heads_kv, head_dim).
+        v: (batch, seqlen_k, heads_kv, head_dim_v).
+        recipe: None is `Fp8Recipe()`.
+        softmax_scale: as for `attention`, like all that follow.
+        causal: likewise.
+        window_size: likewise.
+        softcap: likewise.
+        fraction_bits: likewise.
+
+    Returns:
+        out in q's dtype, and lse, as `attention` returns them.
+    """
+    parts = quantize(q, k, v, recipe)
+    return attention(
+        parts, softmax_scale, causal, window_size, softcap, q.dtype, None, fraction_bits
+    )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One query head's problem."""
+
+    q: torch.Tensor  # (seqlen_q, head_dim)
+    k: torch.Tensor  # (seqlen_k, head_dim)
+    v: torch.Tensor  # (seqlen_k, head_dim_v)
+    row_factor: torch.Tensor  # (seqlen_q,)
+    key_factor: torch.Tensor  # (seqlen_k,)
+    v_factor: torch.Tensor | None  # (seqlen_k,)
+    scale: float
+    softcap: float
+
+    def exponents(self, scores: torch.Tensor, rows: slice, keys: slice) -> torch.Tensor:
+        """X of S."""
+        factor = self.row_factor[rows, None] * self.key_factor[keys]
+        if self.softcap > 0:
+            capped = torch.tanh(scores * (factor * (self.scale / self.softcap)))
+            return capped * (self.softcap * _LOG2_E)
+        return scores * (factor * (self.scale * _LOG2_E))
+
+
+def _attend(
+    x: _Head, mask: Mask, tile: tuple[int, int], recipe: Fp8Recipe, fraction_bits: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """O, l and m; l and m have a trailing dimension of 1."""
+    reference = torch.full((x.q.shape[0], 1), -torch.inf)
+    row_sum = torch.zeros_like(reference)
+    total = torch.zeros(x.q.shape[0], x.v.shape[1])
+    fast = recipe.accumulation == "fast"
+    for row_range, key_range in tile_steps(mask, tile):
+        rows = slice(row_range.start, row_range.stop)
+        keys = slice(key_range.start, key_range.stop)
+        scores = x.exponents(_product(x.q[rows], x.k[keys].T, None, fraction_bits), rows, keys)
+        if mask.hides_some(row_range, key_range):
+            scores.masked_fill_(mask.hidden(row_range, key_range), -torch.inf)
+        old = reference[rows]
+        new = torch.maximum(old, scores.amax(1, keepdim=True))
+        # A row that has seen no key yet has only scores of -inf, whatever is subtracted.
+        shift = new.masked_fill(new == -torch.inf, 0.0)
+        alpha = torch.exp2(old - shift)
+        probabilities = torch.exp2(scores - (shift - P_OFFSET))
+        row_sum[rows] = row_sum[rows] * alpha + probabilities.sum(1, keepdim=True)
+        if x.v_factor is not None:
+            probabilities = probabilities * x.v_factor[keys]
+        # Rounding X may lift P above 256 by a hair, and NaN stays NaN.
+        rounded = probabilities.clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float()
+        if fast:
+            total[rows] = _product(rounded, x.v[keys], total[rows] * alpha, fraction_bits)
+        else:
+            product = _product(rounded, x.v[keys], None, fraction_bits)
+            total[rows] = total[rows] * alpha + product
+        reference[rows] = new
+    return total, row_sum, reference
+
+
+def _for_each_head(compute: Callable[[int, int], None], batch: int, heads: int) -> None:
+    """Runs compute(b, h) for all, each on one of PyTorch's threads.
+
+    The tensors of one step are small: shared among threads they would take longer, not shorter.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def alone(place: int) -> None:
+        with torch.no_grad():
+            compute(*divmod(place, heads))
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(alone, range(batch * heads)):
+                pass
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _product(
+    a: torch.Tensor, b: torch.Tensor, accumulator: torch.Tensor | None, fraction_bits: int | None
+) -> torch.Tensor:
+    if fraction_bits is None:
+        return a @ b if accumulator is None else torch.addmm(accumulator, a, b)
+    start = None if accumulator is None else accumulator[None]
+    return multiply_accumulate(a[None], b.contiguous()[None], start, fraction_bits)[0]
+
+
+def _lse(row_sum: torch.Tensor, reference: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+    lse = row_sum.log() + (reference - P_OFFSET) * _LN_2
+    return lse.masked_fill(empty, -torch.inf)[:, 0]
+
+
+def _mean_scores(q: torch.Tensor, k_mean: torch.Tensor, scale: float) -> torch.Tensor:
+    """What subtracting K's mean took from each row's scores: (batch, heads, seqlen_q)."""
+    batch, heads = q.shape[:2]
+    mean = k_mean.repeat_interleave(heads // max(1, k_mean.shape[1]), 1)
+    return (q @ mean[..., None])[..., 0].mul_(scale).reshape(batch, heads, -1)
+
+
+def _per_token(descale: torch.Tensor, seqlen: int) -> torch.Tensor:
+    """(batch, heads, n) to (batch, heads, seqlen): n is 1, a block's or a token's."""
+    n = descale.shape[2]
+    if n == seqlen:
+        return descale
+    if n == 1:
+        return descale.expand(*descale.shape[:2], seqlen)
+    return descale.repeat_interleave(QK_BLOCK_TOKENS, 2)[..., :seqlen]
+
+
+def _kernel_tile(head_dim: int, head_dim_v: int, seqlen_k: int, masked: bool) -> tuple[int, int]:
+    try:
+        return kernel_tile(torch.float8_e4m3fn, head_dim, head_dim_v, seqlen_k, masked=masked)
+    except (ValueError, RuntimeError):
+        return TILE
