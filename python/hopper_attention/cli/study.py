@@ -20,6 +20,7 @@ class SourceChoice(str, Enum):
     MODEL = "model"
     NORMAL = "normal"
     OUTLIERS = "outliers"
+    CONTEXT = "context"
     ALL = "all"
 
 
@@ -36,7 +37,8 @@ def study(
         SourceChoice,
         typer.Option(
             help="Q, K and V from a model's layers, from N(0,1), from N(0,1) with N(0,100) "
-            "outliers in one entry of a thousand, or from all three in turn."
+            "outliers in one entry of a thousand, uniform attention over more and more keys, or "
+            "all of them in turn."
         ),
     ] = SourceChoice.ALL,
     model: Annotated[
@@ -50,8 +52,13 @@ def study(
         Path | None, typer.Option(help="Text file the model is run on. Default: one of ours.")
     ] = None,
     formats: Annotated[
-        str, typer.Option(help="Formats to compare, with commas between them.")
-    ] = "fp16,bf16",
+        str,
+        typer.Option(
+            help="Formats to compare, with commas between them: fp16, bf16, the FP8 recipes fp8 "
+            "(the default one), fp8-tensor, fp8-head, fp8-plain, fp8-token, fp8-vtoken, "
+            "fp8-smooth, fp8-fast, or all."
+        ),
+    ] = "all",
     layers: Annotated[
         str | None,
         typer.Option(help="Attention layers to study, such as 0,3,8-11. Default: all."),
@@ -82,6 +89,9 @@ def study(
         int | None,
         typer.Option(min=1, help="Head dimension of the distributions. Default: 128."),
     ] = None,
+    max_keys: Annotated[
+        int, typer.Option(min=4096, help="The longest context of uniform attention, in keys.")
+    ] = 524_288,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the distributions.")] = 0,
     device: Annotated[
         DeviceChoice, typer.Option(help="auto is the GPU where our kernels can run, else the CPU.")
@@ -91,11 +101,12 @@ def study(
     ] = Path("study"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only where the files are.")] = False,
 ) -> None:
-    """Measures the error of attention in fp16 and bf16 against attention in float64.
+    """Measures the error of attention in fp16, bf16 and FP8 against attention in float64.
 
     Standard attention, which stores the score matrix in 16 bits, and ours, which keeps it in
-    fp32, take the same Q, K and V. Ours runs on the GPU's kernel where there is one, and is
-    emulated on the CPU, rounding for rounding, where there is none; each row says which.
+    fp32, take the same Q, K and V; so do the FP8 recipes, quantization included. Ours runs on the
+    GPU's kernels where there is one, and is emulated on the CPU, rounding for rounding, where
+    there is none; each row says which.
     """
     from hopper_attention.study import Settings, StudyError, run_study
     from hopper_attention.study.models import DEFAULT_MODEL
@@ -106,7 +117,7 @@ def study(
     try:
         settings = Settings(
             sources=_sources(source),
-            formats=tuple(name.strip() for name in formats.split(",") if name.strip()),
+            formats=_formats(formats),
             model=model or DEFAULT_MODEL,
             text=text,
             layers=parse_layers(layers),
@@ -116,6 +127,7 @@ def study(
             seqlen=seqlen,
             heads=heads,
             head_dim=head_dim,
+            max_keys=max_keys,
             seed=seed,
             device=device.value,
         )
@@ -160,6 +172,13 @@ def _sources(choice: SourceChoice) -> tuple[str, ...]:
     return SOURCES if choice is SourceChoice.ALL else (choice.value,)
 
 
+def _formats(text: str) -> tuple[str, ...]:
+    from hopper_attention.study.formats import names
+
+    chosen = tuple(name.strip() for name in text.split(",") if name.strip())
+    return tuple(names()) if chosen == ("all",) else chosen
+
+
 def _make_folder(out: Path) -> None:
     from hopper_attention.study import StudyError
 
@@ -171,13 +190,18 @@ def _make_folder(out: Path) -> None:
 
 def _show(result: Study, console: Console) -> None:
     """Prints the tables and the result in words."""
-    from hopper_attention.study.report import LEGEND, source_table
+    from hopper_attention.study.report import LEGEND, context_table, source_table, speed_table
     from hopper_attention.study.words import in_words
 
     for entry in result.sources:
         console.print()
         console.print(source_table(result, entry))
-    console.print(f"[dim]{LEGEND}[/]", highlight=False)
+    if result.sources:
+        console.print(f"[dim]{LEGEND}[/]", highlight=False)
+    for table in (context_table(result), speed_table(result)):
+        if table is not None:
+            console.print()
+            console.print(table)
     console.print()
     for line in in_words(result):
         console.print(f"• {line}", highlight=False, markup=False)
@@ -188,12 +212,19 @@ def _show(result: Study, console: Console) -> None:
 def _write(result: Study, out: Path) -> list[Path]:
     """Writes all files and returns those there are."""
     from hopper_attention.study.plots import plot_heads, plot_sources
+    from hopper_attention.study.plots_fp8 import plot_context, plot_recipes
     from hopper_attention.study.records import write_csv, write_json
 
     files = [out / "study.json", out / "study.csv"]
     write_json(result, files[0])
     write_csv(result, files[1])
-    for plot, name in ((plot_heads, "error_by_head.png"), (plot_sources, "error_by_source.png")):
+    plots = (
+        (plot_heads, "error_by_head.png"),
+        (plot_sources, "error_by_source.png"),
+        (plot_recipes, "error_by_recipe.png"),
+        (plot_context, "error_by_context.png"),
+    )
+    for plot, name in plots:
         if plot(result, out / name):
             files.append(out / name)
     return files

@@ -1,23 +1,27 @@
 """The formats that the study compares, and who computes attention in each.
 
 A `Format` is a name that `--formats` takes. It has one contestant or more; a contestant is a way
-to compute attention, judged against float64. `register` adds a format: one with a lower
-precision takes 16-bit inputs, quantizes them inside its `run`, and is measured like the others.
+to compute attention, judged against float64. `register` adds a format. The FP8 recipes take 16-bit
+inputs, quantize them inside their `run`, and are measured like the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import hopper_attention
-from hopper_attention import emulation
+from hopper_attention import emulation, emulation_fp8
+from hopper_attention.recipe import Fp8Recipe
 
 from .errors import StudyError
 from .inputs import AttentionInputs
+from .recipes import RECIPES
 from .standard import standard_attention
 
 KERNEL = "kernel"
@@ -145,6 +149,32 @@ def _run_ours(x: AttentionInputs) -> tuple[Tensor, str]:
     return out.to(device), EMULATION
 
 
+def _run_fp8(recipe: Fp8Recipe, x: AttentionInputs) -> tuple[Tensor, str]:
+    options: dict[str, Any] = {
+        "softmax_scale": x.softmax_scale,
+        "causal": x.causal,
+        "window_size": x.window_size,
+        "softcap": x.softcap,
+    }
+    try:
+        if _kernel_takes(x):
+            fp8_func: Any = vars(hopper_attention)["flash_attn_fp8_func"]
+            return fp8_func(x.query, x.key, x.value, recipe=recipe, **options), KERNEL
+        cpu = x.to(torch.device("cpu"))
+        out, _ = emulation_fp8.attention_from_16_bits(
+            cpu.query, cpu.key, cpu.value, recipe, **options
+        )
+    except ValueError as error:
+        # A softcap beside smoothing, or head dimensions without a kernel.
+        raise StudyError(f"{recipe} cannot compute this: {error}") from error
+    return out.to(x.query.device), EMULATION
+
+
+def _fp8(name: str, recipe: Fp8Recipe) -> Format:
+    # Serving runs in bfloat16; its rounding is a sixteenth of e4m3's.
+    return Format(name, (Contestant("ours", name, torch.bfloat16, partial(_run_fp8, recipe)),))
+
+
 def _sixteen_bit(name: str, dtype: torch.dtype) -> Format:
     return Format(
         name,
@@ -157,3 +187,5 @@ def _sixteen_bit(name: str, dtype: torch.dtype) -> Format:
 
 register(_sixteen_bit("fp16", torch.float16))
 register(_sixteen_bit("bf16", torch.bfloat16))
+for _name, _named in RECIPES.items():
+    register(_fp8(_name, _named.recipe))

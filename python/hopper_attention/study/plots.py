@@ -1,4 +1,4 @@
-"""The study's pictures: error by layer and head of a model, and error by source."""
+"""The study's pictures of 16 bits: error by layer and head of a model, and error by source."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from .recipes import is_fp8
 from .records import Row, Source, Study
 from .settings import MODEL
 from .words import OURS, STANDARD
 
-_DPI = 160
-_INK = "#1f2933"
-_FAINT = "#66717e"
-_TITLE_SIZE = 13
+DPI = 160
+INK = "#1f2933"
+FAINT = "#66717e"
+TITLE_SIZE = 13
 
 # A hue for each format, light for standard attention and dark for ours; told apart by eyes that
 # see no red or no green, and in print without colour.
@@ -41,9 +42,9 @@ def plot_heads(study: Study, path: Path) -> bool:
         Whether there was anything to draw.
     """
     rows = study.select("head", MODEL)
-    if not rows:
+    formats = _in_16_bits(rows)
+    if not formats:
         return False
-    formats = list(dict.fromkeys(row.format for row in rows))
     layers = sorted({row.layer for row in rows if row.layer is not None})
     height = min(8.0, 1.1 + 0.34 * len(layers))
     figure = Figure(
@@ -57,7 +58,7 @@ def plot_heads(study: Study, path: Path) -> bool:
         norm = _log_norm(np.concatenate([grid.ravel() for grid in known]))
         for axis, grid, method in ((line[0], standard, STANDARD), (line[1], ours, OURS)):
             _heat_map(axis, grid, layers, f"{method} {name}: relative RMSE", "YlGnBu", norm)
-        line[0].set_ylabel("layer", color=_FAINT)
+        line[0].set_ylabel("layer", color=FAINT)
         ratio = None if standard is None or ours is None else ours / standard
         _heat_map(line[2], ratio, layers, f"ours / standard, {name}", "RdBu_r", _ratio_norm(ratio))
         _bar(figure, [line[0], line[1]], _power_of_ten)
@@ -67,10 +68,10 @@ def plot_heads(study: Study, path: Path) -> bool:
         f"Error of attention against float64, layer by layer and head by head: {source.title}",
         x=0.008,
         ha="left",
-        color=_INK,
-        fontsize=_TITLE_SIZE,
+        color=INK,
+        fontsize=TITLE_SIZE,
     )
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     return True
 
 
@@ -85,9 +86,10 @@ def plot_sources(study: Study, path: Path) -> bool:
         Whether there was anything to draw.
     """
     rows = study.select("all")
-    if not rows:
+    formats = _in_16_bits(rows)
+    if not formats:
         return False
-    formats = list(dict.fromkeys(row.format for row in rows))
+    rows = [row for row in rows if row.format in formats]
     contestants = list(dict.fromkeys((row.method, row.format) for row in rows))
     figure = Figure(figsize=(3.2 + 3.0 * len(study.sources), 4.6), layout="constrained")
     axis = figure.subplots()
@@ -106,11 +108,16 @@ def plot_sources(study: Study, path: Path) -> bool:
         "Error of attention against float64, source by source",
         x=0.012,
         ha="left",
-        color=_INK,
-        fontsize=_TITLE_SIZE,
+        color=INK,
+        fontsize=TITLE_SIZE,
     )
-    figure.savefig(path, dpi=_DPI)
+    figure.savefig(path, dpi=DPI)
     return True
+
+
+def _in_16_bits(rows: list[Row]) -> list[str]:
+    """The formats that standard attention has too; FP8 has pictures of its own."""
+    return list(dict.fromkeys(row.format for row in rows if not is_fp8(row.format)))
 
 
 def _error_bar(axis: Axes, x: float, width: float, row: Row, hue: str, label: str | None) -> None:
@@ -123,24 +130,25 @@ def _error_bar(axis: Axes, x: float, width: float, row: Row, hue: str, label: st
         textcoords="offset points",
         ha="center",
         fontsize=8,
-        color=_INK,
+        color=INK,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )
     if row.arithmetic_relative_rmse > 0:
         ends = (x - 0.40 * width, x + 0.40 * width)
-        axis.hlines(row.arithmetic_relative_rmse, *ends, color=_INK, linewidth=1.6, zorder=3)
+        axis.hlines(row.arithmetic_relative_rmse, *ends, color=INK, linewidth=1.6, zorder=3)
 
 
 def _label_sources(axis: Axes, study: Study) -> None:
     axis.set_yscale("log")
     low, high = axis.get_ylim()
-    marks = [row.arithmetic_relative_rmse for row in study.select("all")]
+    shown = [row for row in study.select("all") if not is_fp8(row.format)]
+    marks = [row.arithmetic_relative_rmse for row in shown]
     low = min([low, *(0.6 * mark for mark in marks if mark > 0)])
     axis.set_ylim(low * 0.8, high * 1.1)
-    axis.set_ylabel("relative RMSE", color=_INK)
+    axis.set_ylabel("relative RMSE", color=INK)
     axis.set_xticks(range(len(study.sources)), [_source_label(s) for s in study.sources])
     axis.yaxis.set_minor_locator(NullLocator())
-    mark = Line2D([], [], color=_INK, linewidth=1.6, label="the arithmetic alone")
+    mark = Line2D([], [], color=INK, linewidth=1.6, label="the arithmetic alone")
     handles = [*axis.get_legend_handles_labels()[0], mark]
     axis.legend(
         handles=handles,
@@ -151,9 +159,9 @@ def _label_sources(axis: Axes, study: Study) -> None:
         bbox_to_anchor=(-0.01, 1.0),
     )
     axis.grid(axis="y", color="#e3e7eb", linewidth=0.8, zorder=0)
-    axis.tick_params(colors=_INK, labelsize=9, length=0)
+    axis.tick_params(colors=INK, labelsize=9, length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
-    axis.spines["bottom"].set_color(_FAINT)
+    axis.spines["bottom"].set_color(FAINT)
 
 
 def _source_label(source: Source) -> str:
@@ -213,12 +221,12 @@ def _heat_map(
         return
     axis.set_facecolor("#d5d9de")  # shows through where a value is missing or not finite
     axis.imshow(grid, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    axis.set_title(title, fontsize=11, color=_INK, loc="left")
-    axis.set_xlabel("head", color=_FAINT)
+    axis.set_title(title, fontsize=11, color=INK, loc="left")
+    axis.set_xlabel("head", color=FAINT)
     axis.xaxis.set_major_locator(MaxNLocator(nbins=16, integer=True, steps=[1, 2, 4, 5, 10]))
     shown = range(0, len(layers), -(-len(layers) // 16))
     axis.set_yticks(list(shown), [str(layers[place]) for place in shown])
-    axis.tick_params(colors=_FAINT, labelsize=8.5, length=0)
+    axis.tick_params(colors=FAINT, labelsize=8.5, length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)
     if grid.size > _MAX_NUMBERED_CELLS:
@@ -227,7 +235,7 @@ def _heat_map(
     unit = 10.0 ** np.floor(np.log10(finite.min())) if finite.size and finite.min() > 0 else 1.0
     unit = 1.0 if unit > 1e-2 else unit
     if unit < 1.0:
-        axis.set_title(f"in {_power_of_ten(unit)}", fontsize=9, color=_FAINT, loc="right")
+        axis.set_title(f"in {_power_of_ten(unit)}", fontsize=9, color=FAINT, loc="right")
     for (y, x), value in np.ndenumerate(grid):
         if np.isfinite(value):
             scaled = value / unit
@@ -248,7 +256,7 @@ def _power_of_ten(value: float, digits: int = 0) -> str:
 def _ink_on(axis: Axes, value: float) -> str:
     """White or dark, whichever reads better on the colour of a value."""
     red, green, blue, _ = axis.images[0].to_rgba(np.asarray(value))
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
 
 
 def _bar(figure: Figure, axes: list[Axes], form: Callable[[float], str]) -> None:
@@ -260,5 +268,5 @@ def _bar(figure: Figure, axes: list[Axes], form: Callable[[float], str]) -> None
     bar.ax.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=12))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: form(value)))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    bar.ax.tick_params(colors=_FAINT, labelsize=8.5, length=0, which="both")
+    bar.ax.tick_params(colors=FAINT, labelsize=8.5, length=0, which="both")
     bar.outline.set_visible(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .evaluate import Measured, Results
 from .formats import Contestant
 from .inputs import AttentionInputs
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,60 @@ class Source:
 
 
 @dataclass(frozen=True)
+class ContextRow:
+    """The error of our attention where every key counts the same, at one number of keys.
+
+    Attributes:
+        format: the format's name.
+        by: who computed: "kernel" or "emulation".
+        head_dim: of Q, K and V.
+        keys: number of keys.
+        bias: the mean of O / R - 1, where R is float64's.
+        rms: the root mean square of O / R - 1.
+    """
+
+    format: str
+    by: str
+    head_dim: int
+    keys: int
+    bias: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """The time of one call on the card, the median of some.
+
+    Attributes:
+        format: the format's name.
+        batch, seqlen, heads, head_dim, causal: the problem.
+        quantize_ms: the quantizer alone; 0 in 16 bits.
+        attention_ms: attention of tensors in the format.
+        total_ms: from 16-bit tensors to the output, measured as one.
+    """
+
+    format: str
+    batch: int
+    seqlen: int
+    heads: int
+    head_dim: int
+    causal: bool
+    quantize_ms: float
+    attention_ms: float
+    total_ms: float
+
+
+@dataclass(frozen=True)
 class Study:
-    """All that a run of the study found out."""
+    """All that a run of the study found out; speed is of a card alone."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]
     sources: list[Source]
     rows: list[Row]
     seconds: float
+    context: list[ContextRow] = field(default_factory=list)
+    speed: list[SpeedRow] = field(default_factory=list)
 
     def select(self, level: str, source: str | None = None) -> list[Row]:
         """The rows of one level, of one source or of all."""
@@ -178,13 +224,15 @@ def read_json(path: Path) -> Study:
         sources=[Source(**source) for source in document["sources"]],
         rows=[_row(row) for row in document["rows"]],
         seconds=document["seconds"],
+        context=[ContextRow(**_with_nan(row)) for row in document["context"]],
+        speed=[SpeedRow(**row) for row in document["speed"]],
     )
 
 
 def write_csv(study: Study, path: Path) -> None:
     """Writes the rows, one a line, with the attributes of `Row` as the header."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)])
+        writer = csv.DictWriter(file, [column.name for column in fields(Row)])
         writer.writeheader()
         writer.writerows(asdict(row) for row in study.rows)
 
@@ -207,6 +255,10 @@ def _row(values: dict[str, Any]) -> Row:
     for name in _COUNTS:
         typed[name] = None if values[name] is None else int(values[name])
     return Row(**typed)
+
+
+def _with_nan(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in row.items()}
 
 
 def _without_nan(value: Any) -> Any:

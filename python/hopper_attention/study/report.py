@@ -57,13 +57,7 @@ class ProgressBar:
 
 def source_table(study: Study, source: Source) -> Table:
     """The errors on one source, a row for each contestant."""
-    table = Table(
-        title=f"[bold]{escape(source.title)}[/]\n[dim]{shape_in_words(source)}[/]",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = _table(f"[bold]{escape(source.title)}[/]\n[dim]{shape_in_words(source)}[/]")
     table.add_column("attention", no_wrap=True)
     table.add_column("by", no_wrap=True)
     columns = ("RMSE", "relative", "max error", "1 − cos", "arithmetic")
@@ -78,6 +72,51 @@ def source_table(study: Study, source: Source) -> Table:
             style="bold" if row.method == OURS else None,
         )
     return table
+
+
+def context_table(study: Study) -> Table | None:
+    """Bias and error of uniform attention by number of keys; None where it was not studied."""
+    if not study.context:
+        return None
+    table = _table("uniform attention over V = 1 + N(0, 1/16): bias (RMS error), in percent")
+    table.add_column("keys", justify="right")
+    names = list(dict.fromkeys(row.format for row in study.context))
+    found = {(row.keys, row.format): row for row in study.context}
+    for name in names:
+        by = "+".join(sorted({row.by for row in study.context if row.format == name}))
+        table.add_column(f"{name}, {by}", justify="right", no_wrap=True)
+    for keys in sorted({row.keys for row in study.context}):
+        rows = [found[keys, name] for name in names]
+        cells = [f"{100 * row.bias:+.2f} ({100 * row.rms:.2f})" for row in rows]
+        table.add_row(f"{keys:,}", *cells)
+    return table
+
+
+def speed_table(study: Study) -> Table | None:
+    """Milliseconds of each format; None where there was no card."""
+    if not study.speed:
+        return None
+    table = _table("milliseconds on the card")
+    for column in ("format", "batch × tokens × heads × d"):
+        table.add_column(column, no_wrap=True)
+    for column in ("quantize", "attention", "both"):
+        table.add_column(column, justify="right")
+    for row in study.speed:
+        mask = "causal" if row.causal else "full"
+        shape = f"{row.batch} × {row.seqlen} × {row.heads} × {row.head_dim}, {mask}"
+        times = (row.quantize_ms, row.attention_ms, row.total_ms)
+        table.add_row(row.format, shape, *(f"{time:.3f}" for time in times))
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
 
 
 def shape_in_words(source: Source) -> str:

@@ -13,12 +13,14 @@ import torch
 
 import hopper_attention
 
+from .context import study_context
 from .distributions import DISTRIBUTIONS, random_inputs
 from .errors import StudyError
 from .evaluate import evaluate, max_scores
 from .formats import Contestant, contestants
-from .records import Row, Source, Study, describe_shape, head_rows, make_row
-from .settings import MODEL, Progress, Settings, Silent, choose_device
+from .records import ContextRow, Row, Source, Study, describe_shape, head_rows, make_row
+from .settings import CONTEXT, MODEL, Progress, Settings, Silent, choose_device
+from .speed import measure_speed
 
 
 def run_study(settings: Settings, progress: Progress | None = None) -> Study:
@@ -44,8 +46,12 @@ def run_study(settings: Settings, progress: Progress | None = None) -> Study:
         raise StudyError(f"--{error}") from error
     sources: list[Source] = []
     rows: list[Row] = []
+    context: list[ContextRow] = []
     with torch.inference_mode():
         for name in dict.fromkeys(settings.sources):
+            if name == CONTEXT:
+                context = study_context(settings, chosen, device, progress)
+                continue
             if name == MODEL:
                 # Here, since transformers takes seconds to import and the others do without.
                 from .activations import study_model
@@ -55,12 +61,15 @@ def run_study(settings: Settings, progress: Progress | None = None) -> Study:
                 source, new_rows = _study_distribution(name, settings, chosen, device, progress)
             sources.append(source)
             rows.extend(new_rows)
+        speed = measure_speed(settings, device, progress)
     return Study(
         settings={**asdict(settings), "text": str(settings.text) if settings.text else None},
         environment=_environment(device),
         sources=sources,
         rows=rows,
         seconds=time.perf_counter() - started,
+        context=context,
+        speed=speed,
     )
 
 

@@ -15,7 +15,12 @@ from .errors import StudyError
 from .models import DEFAULT_MODEL
 
 MODEL = "model"
-SOURCES = (MODEL, *DISTRIBUTIONS)
+CONTEXT = "context"
+SOURCES = (MODEL, *DISTRIBUTIONS, CONTEXT)
+
+# Context lengths are powers of 2 from the first on.
+MIN_KEYS = 4096
+DEFAULT_MAX_KEYS = 2**19
 
 # The error depends on the length and on the head dimension, not on how many heads there are, so
 # a CPU gets fewer of them.
@@ -40,6 +45,7 @@ class Settings:
         max_tokens: tokens of text in all.
         context: tokens in a sequence of text.
         batch, seqlen, heads, head_dim: the shape of the distributions.
+        max_keys: the largest number of keys of the source "context".
         seed: of the random numbers.
         device: "auto", "cpu" or "cuda".
     """
@@ -55,6 +61,7 @@ class Settings:
     seqlen: int | None = None
     heads: int | None = None
     head_dim: int | None = None
+    max_keys: int = DEFAULT_MAX_KEYS
     seed: int = 0
     device: str = "auto"
 
@@ -74,6 +81,8 @@ class Settings:
             if value is not None and value < 1:
                 option = name.replace("_", "-")
                 raise StudyError(f"--{option} is {value}; it must be at least 1")
+        if self.max_keys < MIN_KEYS:
+            raise StudyError(f"--max-keys is {self.max_keys}; it must be at least {MIN_KEYS}")
         for layer in self.layers or ():
             if layer < 0:
                 raise StudyError(f"--layers has {layer}; layers count from 0")

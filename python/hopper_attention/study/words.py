@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 
+from .recipes import is_fp8
 from .records import Row, Study
 from .settings import MODEL
+from .verdict import fp8_in_words
 
 STANDARD = "standard"
 OURS = "ours"
@@ -16,13 +18,15 @@ def in_words(study: Study) -> list[str]:
     lines = []
     for source in study.sources:
         rows = study.select("all", source.name)
-        sentences = [_compare_methods(rows), _compare_formats(rows)]
+        sixteen = [row for row in rows if not is_fp8(row.format)]
+        sentences = [_compare_methods(sixteen), _compare_formats(sixteen)]
         if source.name == MODEL:
             sentences.append(_worst_places(study))
         sentences += [_not_finite(row) for row in rows]
         text = " ".join(sentence for sentence in sentences if sentence)
-        lines.append(f"{source.title}: {text}")
-    return lines
+        if text:
+            lines.append(f"{source.title}: {text}")
+    return lines + fp8_in_words(study)
 
 
 def _find(rows: list[Row], method: str, format_name: str) -> Row | None:
