@@ -109,7 +109,7 @@ def attention(
     lse = torch.full((batch, heads, seqlen_q), -torch.inf)
     group = heads // heads_kv if heads_kv else 1
 
-    def compute(b: int, h: int) -> None:
+    def compute(b: int, h: int) -> tuple[torch.Tensor, torch.Tensor]:
         kv = h // group
         head = _Head(
             q=q[b, h].contiguous(),
@@ -124,10 +124,12 @@ def attention(
         total, row_sum, reference = _attend(head, mask, tile, recipe, fraction_bits)
         empty = row_sum == 0
         inverse = row_sum.reciprocal().masked_fill_(empty, 0.0)
-        out[b, h] = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
-        lse[b, h] = _lse(row_sum, reference, empty)
+        of_head = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
+        return of_head, _lse(row_sum, reference, empty)
 
-    _for_each_head(compute, batch, heads)
+    for place, result in enumerate(_for_each_head(compute, batch, heads)):
+        b, h = divmod(place, heads)
+        out[b, h], lse[b, h] = result
     if x.k_mean is not None:
         lse += _mean_scores(q * q_descale[..., None], x.k_mean, scale)
     return out.transpose(1, 2).contiguous(), lse
@@ -222,22 +224,24 @@ def _attend(
     return total, row_sum, reference
 
 
-def _for_each_head(compute: Callable[[int, int], None], batch: int, heads: int) -> None:
-    """Runs compute(b, h) for all, each on one of PyTorch's threads.
+_Result = tuple[torch.Tensor, torch.Tensor]
+
+
+def _for_each_head(compute: Callable[[int, int], _Result], batch: int, heads: int) -> list[_Result]:
+    """The results of compute(b, h) for all, each computed by one of PyTorch's threads.
 
     The tensors of one step are small: shared among threads they would take longer, not shorter.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
 
-    def alone(place: int) -> None:
+    def alone(place: int) -> _Result:
         with torch.no_grad():
-            compute(*divmod(place, heads))
+            return compute(*divmod(place, heads))
 
     try:
         with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(alone, range(batch * heads)):
-                pass
+            return list(pool.map(alone, range(batch * heads)))
     finally:
         torch.set_num_threads(threads)
 
