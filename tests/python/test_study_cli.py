@@ -10,9 +10,11 @@ from typer.testing import CliRunner
 from hopper_attention.cli import app
 from hopper_attention.cli.study import parse_layers
 from hopper_attention.study import StudyError
+from hopper_attention.study.formats import names
 from hopper_attention.study.records import read_csv, read_json
 
 SMALL = ["--seqlen", "64", "--heads", "2", "--head-dim", "16", "--device", "cpu"]
+SIXTEEN = ["--formats", "fp16,bf16"]
 
 
 def invoke(*arguments):
@@ -26,17 +28,41 @@ def plain(result):
 
 def test_a_study_writes_its_files_and_says_where(tmp_path):
     out = tmp_path / "some" / "folder"
-    result = invoke("--source", "normal", *SMALL, "--out", str(out))
+    result = invoke("--source", "normal", *SMALL, *SIXTEEN, "--out", str(out))
     assert result.exit_code == 0, result.output
-    names = ["error_by_source.png", "study.csv", "study.json"]
-    assert sorted(path.name for path in out.iterdir()) == names
-    for name in names:
+    files = ["error_by_source.png", "study.csv", "study.json"]
+    assert sorted(path.name for path in out.iterdir()) == files
+    for name in files:
         assert name in plain(result).replace(" ", "")
     study = read_json(out / "study.json")
     assert study.rows == read_csv(out / "study.csv")
     assert [row.format for row in study.select("all")] == ["fp16", "fp16", "bf16", "bf16"]
     for words in ("standard fp16", "ours bf16", "emulation", "in fp16 our error is"):
         assert words in plain(result)
+
+
+def test_all_formats_are_studied_without_being_asked_for(tmp_path):
+    result = invoke("--source", "normal", *SMALL, "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    study = read_json(tmp_path / "study.json")
+    assert list(dict.fromkeys(row.format for row in study.rows)) == names()
+    assert (tmp_path / "error_by_recipe.png").is_file()
+    assert not (tmp_path / "error_by_context.png").exists()
+    for words in ("ours fp8-tensor", "Verdict for N(0, 1): "):
+        assert words in plain(result)
+
+
+def test_the_context_is_a_source(tmp_path):
+    arguments = ["--source", "context", "--max-keys", "8192", "--formats", "bf16,fp8,fp8-fast"]
+    result = invoke(*arguments, "--device", "cpu", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    study = read_json(tmp_path / "study.json")
+    assert [(row.format, row.keys) for row in study.context] == [
+        (name, keys) for keys in (4096, 8192) for name in ("bf16", "fp8", "fp8-fast")
+    ]
+    files = ["error_by_context.png", "study.csv", "study.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
+    assert "Uniform attention, whose answer is known: " in plain(result)
 
 
 def test_quiet_prints_only_the_files(tmp_path):

@@ -10,6 +10,7 @@ from hopper_attention.study import formats
 from hopper_attention.study.distributions import random_inputs
 from hopper_attention.study.evaluate import evaluate, merge
 from hopper_attention.study.inputs import AttentionInputs
+from hopper_attention.study.recipes import RECIPES
 from hopper_attention.study.standard import standard_attention
 
 CPU = torch.device("cpu")
@@ -123,7 +124,7 @@ def test_a_format_can_be_added(monkeypatch):
 
     coarse = formats.Contestant("ours", "zero", torch.float16, run)
     formats.register(formats.Format("zero", (coarse,)))
-    assert formats.names() == ["fp16", "bf16", "zero"]
+    assert formats.names() == ["fp16", "bf16", *RECIPES, "zero"]
     results = evaluate(draw(dtype=torch.float32), formats.contestants(["zero"]), CPU)
     assert merge([results])[coarse].total.metrics().relative_rmse == 1.0
     with pytest.raises(ValueError, match="is a format already"):

@@ -126,7 +126,7 @@ def test_values_that_are_not_finite_survive(tmp_path):
 
 def test_json_of_another_schema_is_refused(tmp_path):
     (tmp_path / "study.json").write_text('{"schema": 99}')
-    with pytest.raises(ValueError, match="is 99; allowed is 1"):
+    with pytest.raises(ValueError, match="is 99; allowed is 2"):
         read_json(tmp_path / "study.json")
 
 

@@ -13,7 +13,7 @@ from hopper_attention.study import Settings, StudyError, run_study
 from hopper_attention.study.models import DEFAULT_MODEL, load, read_text, sequences
 
 CPU = torch.device("cpu")
-SMALL = {"batch": 1, "seqlen": 64, "heads": 2, "head_dim": 16, "device": "cpu"}
+SMALL = {"batch": 1, "seqlen": 64, "heads": 2, "head_dim": 16, "max_keys": 4096, "device": "cpu"}
 
 
 @pytest.fixture(scope="module")
@@ -255,6 +255,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path, content, message):
         ({"sources": ()}, "--source is empty"),
         ({"formats": ("fp9",)}, "--formats has 'fp9'; allowed are fp16, bf16"),
         ({"head_dim": 0}, "--head-dim is 0"),
+        ({"max_keys": 4095}, "--max-keys is 4095; it must be at least 4096"),
         ({"layers": (-1,)}, "--layers has -1"),
         ({"device": "tpu"}, "--device is tpu"),
         ({"sources": ("normal",), "head_dim": 1000}, "no kernel"),
