@@ -1,4 +1,4 @@
-"""Puts measured figures into README.md and docs/architecture.md, and draws README's pictures.
+"""Puts measured figures into README.md and docs/, and draws their pictures.
 
 A section between `<!-- begin NAME -->` and `<!-- end NAME -->` holds nothing written by hand: it is
 made here from stored results, and tests/python/test_readme.py compares the two.
@@ -27,16 +27,22 @@ from hopper_attention.bench.rmse import STANDARD
 from hopper_attention.bench.shapes import short_dtype
 from hopper_attention.study import Study
 from hopper_attention.study.plots import plot_heads
+from hopper_attention.study.plots_fp8 import plot_context, plot_recipes
+from hopper_attention.study.recipes import RECIPES, is_fp8
 from hopper_attention.study.records import read_json
+from hopper_attention.study.verdict import fp8_in_words
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
 STUDY = ROOT / "benchmarks" / "results" / "study_cpu.json"
 EVIDENCE = ROOT / "tests" / "gpu" / "evidence.json"
 TILES = Path(hopper_attention.__file__).parent / "tiles.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md")
+CARD_STUDY = ROOT / "benchmarks" / "results" / "study_h200.json"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "fp8.md")
 FORWARD_PICTURE = ROOT / "docs" / "images" / "forward_h200.png"
 STUDY_PICTURE = ROOT / "docs" / "images" / "study_heads.png"
+RECIPES_PICTURE = ROOT / "docs" / "images" / "fp8_recipes.png"
+CONTEXT_PICTURE = ROOT / "docs" / "images" / "fp8_context.png"
 
 _NAMES = {
     OURS: "hopper-attention",
@@ -189,7 +195,7 @@ def study(result: Study) -> str:
     rows, sentences = [], []
     for source in result.sources:
         by = {(row.method, row.format): row for row in result.select("all", source.name)}
-        formats = list(dict.fromkeys(name for _, name in by))
+        formats = list(dict.fromkeys(name for _, name in by if not is_fp8(name)))
         for name in formats:
             usual, ours = by["standard", name], by["ours", name]
             cells = [f"{row.relative_rmse:.2e}" for row in (usual, ours)]
@@ -200,6 +206,7 @@ def study(result: Study) -> str:
     heads = {
         (row.format, row.layer, row.head, row.method): row.relative_rmse
         for row in result.select("head", "model")
+        if not is_fp8(row.format)
     }
     for name in dict.fromkeys(key[0] for key in heads):
         ratios = [
@@ -214,11 +221,71 @@ def study(result: Study) -> str:
         )
     header = ["inputs", "format", "standard", "ours", "ours / standard", "arithmetic alone"]
     by_whom = _listing(sorted({row.by for row in result.rows if row.method == "ours"}))
-    where = (
-        f"Relative RMSE against float64; ours by {by_whom}, {result.environment['device']}, "
-        f"{result.seconds:.0f} s."
-    )
+    where = f"Relative RMSE against float64; ours by {by_whom}, {result.environment['device']}."
     return f"{' '.join(sentences)}\n\n{_table(header, rows, left=2)}\n\n{where}"
+
+
+def _by_whom(result: Study) -> str:
+    computed = {row.by for row in result.rows if is_fp8(row.format)}
+    computed |= {row.by for row in result.context if is_fp8(row.format)}
+    return f"FP8 by {_listing(sorted(computed))}, {result.environment['device']}."
+
+
+def fp8_recipes(result: Study) -> str:
+    """Relative RMSE of each FP8 recipe by source, in percent, and 16 bits beside them."""
+    ours = {(row.format, row.source): row for row in result.select("all") if row.method == "ours"}
+    names = [source.name for source in result.sources]
+    rows = []
+    for name in dict.fromkeys(key[0] for key in ours):
+        words = RECIPES[name].words if is_fp8(name) else ""
+        cells = [f"{100 * ours[name, source].relative_rmse:.3f}" for source in names]
+        rows.append([f"`{name}`", words, *cells])
+    titles = [source.title.split(" on ")[0] for source in result.sources]
+    table = _table(["format", "", *titles], rows, left=2)
+    return f"{table}\n\nRelative RMSE against float64, in percent. {_by_whom(result)}"
+
+
+def fp8_context(result: Study) -> str:
+    """The bias of uniform attention by number of keys, in percent."""
+    names = list(dict.fromkeys(row.format for row in result.context))
+    # Adding 0 leaves no minus sign to what is rounded to 0.
+    bias = {(row.format, row.keys): round(100 * row.bias, 2) + 0.0 for row in result.context}
+    keys = sorted({row.keys for row in result.context})
+    rows = [[f"`{name}`", *(f"{bias[name, count]:+.2f}" for count in keys)] for name in names]
+    table = _table(["mean error, %", *map(_length, keys)], rows)
+    return f"{table}\n\n{_by_whom(result)}"
+
+
+def fp8_words(result: Study) -> str:
+    """What the study of FP8 found, a sentence or two an item."""
+    return "\n".join(f"- {line}" for line in fp8_in_words(result))
+
+
+def fp8_speed(result: Study) -> str:
+    """Milliseconds of each recipe on the card, and its speed over bf16's."""
+    rows = []
+    base = {
+        (row.batch, row.seqlen, row.causal): row.total_ms
+        for row in result.speed
+        if row.format == "bf16"
+    }
+    for row in result.speed:
+        mask = "causal" if row.causal else "full"
+        shape = f"{row.batch} × {row.seqlen} × {row.heads} × {row.head_dim}, {mask}"
+        times = (row.quantize_ms, row.attention_ms, row.total_ms)
+        ratio = base[row.batch, row.seqlen, row.causal] / row.total_ms
+        cells = [f"{time:.3f}" for time in times]
+        rows.append([shape, f"`{row.format}`", *cells, f"**{ratio:.2f}**"])
+    header = [
+        "batch × tokens × heads × d",
+        "format",
+        "quantize",
+        "attention",
+        "both",
+        "bf16 / both",
+    ]
+    where = f"Milliseconds, {result.environment['device']}, {result.environment['date']}."
+    return f"{_table(header, rows, left=2)}\n\n{where}"
 
 
 def tiles(instances: Sequence[Document]) -> str:
@@ -257,6 +324,10 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
     sources: dict[str, tuple[Path, Callable[[], str]]] = {
         "evidence": (EVIDENCE, lambda: evidence(json.loads(EVIDENCE.read_text()))),
         "study": (STUDY, lambda: study(read_json(STUDY))),
+        "fp8_recipes": (STUDY, lambda: fp8_recipes(read_json(STUDY))),
+        "fp8_context": (STUDY, lambda: fp8_context(read_json(STUDY))),
+        "fp8_words": (STUDY, lambda: fp8_words(read_json(STUDY))),
+        "fp8_speed": (CARD_STUDY, lambda: fp8_speed(read_json(CARD_STUDY))),
         "tiles": (TILES, lambda: tiles(json.loads(TILES.read_text()))),
     }
     document: Document = records.load(results) if results.exists() else {}
@@ -308,7 +379,10 @@ def main() -> int:
         plot_forward(records.load(args.results), FORWARD_PICTURE)
     if STUDY.exists():
         STUDY_PICTURE.parent.mkdir(parents=True, exist_ok=True)
-        plot_heads(read_json(STUDY), STUDY_PICTURE)
+        stored = read_json(STUDY)
+        plot_heads(stored, STUDY_PICTURE)
+        plot_recipes(stored, RECIPES_PICTURE)
+        plot_context(stored, CONTEXT_PICTURE)
     return 0
 
 

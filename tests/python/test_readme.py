@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hopper_attention.study.formats import names
+from hopper_attention.study.records import SpeedRow, Study
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -38,6 +41,10 @@ NAMES = [
     "rmse",
     "evidence",
     "study",
+    "fp8_recipes",
+    "fp8_context",
+    "fp8_words",
+    "fp8_speed",
     "tiles",
 ]
 
@@ -150,5 +157,26 @@ def test_the_evidence_is_told_as_it_is(tables, found, words):
 
 def test_the_stored_study_is_a_whole_one(tables):
     settings = json.loads(tables.STUDY.read_text(encoding="utf-8"))["settings"]
-    assert settings["sources"] == ["model", "normal", "outliers"]
+    assert settings["sources"] == ["model", "normal", "outliers", "context"]
+    assert settings["formats"] == names()
+    assert settings["max_keys"] == 524_288
     assert settings["layers"] is None
+
+
+def test_the_table_of_fp8_speed(tables):
+    study = Study(
+        settings={},
+        environment={"device": "a card", "date": "2026-01-02"},
+        sources=[],
+        rows=[],
+        seconds=1.0,
+        speed=[
+            SpeedRow("bf16", 1, 4096, 16, 128, True, 0.0, 2.0, 2.0),
+            SpeedRow("fp8", 1, 4096, 16, 128, True, 0.3, 1.25, 1.6),
+        ],
+    )
+    lines = tables.fp8_speed(study).splitlines()
+    shape = "1 × 4096 × 16 × 128, causal"
+    assert lines[2] == f"| {shape} | `bf16` | 0.000 | 2.000 | 2.000 | **1.00** |"
+    assert lines[3] == f"| {shape} | `fp8` | 0.300 | 1.250 | 1.600 | **1.25** |"
+    assert lines[-1] == "Milliseconds, a card, 2026-01-02."

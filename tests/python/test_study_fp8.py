@@ -168,6 +168,7 @@ def test_the_verdict_is_made_from_the_numbers():
     assert "quantizer included: 1.25 at 4,096 tokens, full." in text
     # Fast accumulation is never the advice, whatever its error at this length.
     assert "Verdict for some/model on text.txt: fp8 (the default: " in text
+    assert "Its cost: a rotation in the quantizer" in text
 
 
 def test_the_verdict_prefers_another_recipe_only_where_it_is_worth_it():

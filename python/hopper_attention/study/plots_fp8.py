@@ -40,7 +40,7 @@ def plot_recipes(study: Study, path: Path) -> bool:
         _bars(axis, names, rows)
         axis.set_title(source.title.split(" on ")[0], fontsize=10, color=INK, loc="left")
     axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(names) + 0.3, -0.6)  # the first on top, and room for the legend
     _title(figure, "Error of the FP8 recipes against float64, relative RMSE in percent")
     figure.savefig(path, dpi=DPI)
     return True
@@ -101,7 +101,7 @@ def _bars(axis: Axes, names: list[str], rows: list[Row]) -> None:
             label = f"{row.format} {100 * row.relative_rmse:.2g}"
             axis.axvline(100 * row.relative_rmse, color=FAINT, linestyle=style, label=label)
     if any(not is_fp8(row.format) for row in rows):
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8.5, loc="lower right", ncols=2)
     axis.set_xlim(0, 1.18 * max(found, default=1.0))
     _plain(axis, "x")
 

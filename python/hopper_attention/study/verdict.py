@@ -119,7 +119,7 @@ def _verdict(study: Study) -> str:
     )
     return (
         f"Verdict for {title}: {best} ({RECIPES[best].words}), relative RMSE "
-        f"{slow[best].relative_rmse:.1e}.{fast}"
+        f"{slow[best].relative_rmse:.1e}. Its cost: {RECIPES[best].cost}.{fast}"
     )
 
 
@@ -128,4 +128,5 @@ def _accumulates_right(name: str) -> bool:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:+.1f}%" if abs(share) >= 0.01 else f"{100 * share:+.2f}%"
+    percent = round(100 * share, 1 if abs(share) >= 0.01 else 2) + 0.0  # no minus before a zero
+    return f"{percent:+.1f}%" if abs(share) >= 0.01 else f"{percent:+.2f}%"
