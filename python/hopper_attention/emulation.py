@@ -215,12 +215,12 @@ def attention(
 
 
 def kernel_tile(
-    dtype: torch.dtype, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
+    dtype: torch.dtype | str, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
 ) -> tuple[int, int]:
     """(tile_m, tile_n) of the kernel that runs these head dimensions: the smallest that holds them.
 
     Args:
-        dtype: torch.float16 or torch.bfloat16.
+        dtype: torch.float16, torch.bfloat16, or a kernel's name for its dtype.
         head_dim: of q and k.
         head_dim_v: of v.
         seqlen_k: keys. Some kernels without a mask leave problems with few keys to the masked one.

@@ -99,7 +99,8 @@ def attention(
         )
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
     if tile is None:
-        tile = _kernel_tile(head_dim, head_dim_v, seqlen_k, not mask.full or softcap > 0)
+        masked = not mask.full or softcap > 0 or scale <= 0
+        tile = _kernel_tile(recipe, head_dim, head_dim_v, seqlen_k, masked)
 
     q, k, v = (t.float().transpose(1, 2) for t in (x.q, x.k, v))  # (batch, heads, seq, dim)
     q_descale = _per_token(x.q_descale, seqlen_q)
@@ -277,8 +278,14 @@ def _per_token(descale: torch.Tensor, seqlen: int) -> torch.Tensor:
     return descale.repeat_interleave(QK_BLOCK_TOKENS, 2)[..., :seqlen]
 
 
-def _kernel_tile(head_dim: int, head_dim_v: int, seqlen_k: int, masked: bool) -> tuple[int, int]:
+def _kernel_tile(
+    recipe: Fp8Recipe, head_dim: int, head_dim_v: int, seqlen_k: int, masked: bool
+) -> tuple[int, int]:
+    name = "float8_e4m3fn" + ("_fast" if recipe.accumulation == "fast" else "")
+    # The kernels without a mask take V transposed, and no scale of a single key.
+    general = masked or not recipe.transpose_v or "token" in (recipe.qk_scale, recipe.v_scale)
+    widest = max(head_dim, head_dim_v)  # they have one head dimension for Q, K and V
     try:
-        return kernel_tile(torch.float8_e4m3fn, head_dim, head_dim_v, seqlen_k, masked=masked)
+        return kernel_tile(name, widest, widest, seqlen_k, masked=general)
     except (ValueError, RuntimeError):
         return TILE

@@ -289,3 +289,37 @@ def test_tensors_of_other_dtypes_are_refused():
     with pytest.raises(TypeError, match=r"k must be torch\.float8_e4m3fn, got torch\.float32"):
         attention(parts._replace(k=parts.k.float()))
     assert dataclasses.is_dataclass(parts.recipe)
+
+
+def test_tiles_are_those_of_the_kernel_that_would_run(monkeypatch):
+    from hopper_attention import emulation, emulation_fp8
+
+    def row(dtype, mask, tile_n, head_dim=64):
+        dims = {"head_dim": head_dim, "head_dim_v": head_dim}
+        return {
+            "dtype": dtype,
+            "mask": mask,
+            **dims,
+            "tile_m": 128,
+            "tile_n": tile_n,
+            "min_keys": 0,
+        }
+
+    rows = [
+        row("float8_e4m3fn", "full", 96),
+        row("float8_e4m3fn", "masked", 80),
+        row("float8_e4m3fn_fast", "full", 128),
+        row("float8_e4m3fn", "full", 64, head_dim=128),
+    ]
+    monkeypatch.setattr(emulation, "_tiles", lambda: rows)
+
+    def tile(recipe, head_dim=32, head_dim_v=32, masked=False):
+        return emulation_fp8._kernel_tile(recipe, head_dim, head_dim_v, 1000, masked)[1]
+
+    assert tile(Fp8Recipe()) == 96
+    assert tile(Fp8Recipe(), masked=True) == 80
+    assert tile(Fp8Recipe("token")) == tile(Fp8Recipe(v_scale="token")) == 80
+    assert tile(Fp8Recipe(transpose_v=False)) == 80
+    assert tile(FAST) == 128
+    assert tile(Fp8Recipe(), head_dim_v=100) == 64
+    assert tile(Fp8Recipe(), head_dim=200) == emulation_fp8.TILE[1]
