@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from . import checks, ops
-
-# The operator's arguments after q, k and v.
-Scalars = tuple[float, bool, int, int, float, int]
+from .ops import Scalars
 
 
 def flash_attn_func(
@@ -92,7 +90,8 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
-    out, lse = ops.forward(q, k, v, *scalars)
+    given = scalars[:2] if scalars[2:] == ops.DEFAULTS else scalars
+    out, lse = ops.forward(q, k, v, *given)
     return (out, lse) if return_attn_probs else out
 
 

@@ -86,6 +86,6 @@ def test_compiled_code_refuses_inputs_that_require_grad(fullgraph, error):
 def test_schema():
     assert str(torch.ops.hopper_attention.forward.default._schema) == (
         "hopper_attention::forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-        "int window_left, int window_right, float softcap, int sm_margin) -> (Tensor out, Tensor "
-        "lse)"
+        "int window_left=-1, int window_right=-1, float softcap=0., int sm_margin=0) -> (Tensor "
+        "out, Tensor lse)"
     )
