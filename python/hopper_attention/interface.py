@@ -90,8 +90,13 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
-    given = scalars[:2] if scalars[2:] == ops.DEFAULTS else scalars
-    out, lse = ops.forward(q, k, v, *given)
+    if torch.compiler.is_compiling():
+        checks.no_backward(q, k, v)  # the operator checks it too, where torch.compile hides it
+        out, lse = ops.operator(q, k, v, *scalars)
+    elif scalars[2:] == ops.DEFAULTS:
+        out, lse = ops.forward(q, k, v, *scalars[:2])
+    else:
+        out, lse = ops.forward(q, k, v, *scalars)
     return (out, lse) if return_attn_probs else out
 
 
@@ -202,9 +207,6 @@ def normalise(
         _not_built("num_splits", "1, or 0 (the library chooses)", num_splits)
     if pack_gqa is not None:
         checks.flag("pack_gqa", pack_gqa)
-    if torch.compiler.is_compiling():  # the operator checks it too, where torch.compile hides it
-        checks.no_backward(q, k, v)
-
     if softmax_scale is None:
         softmax_scale = checks.default_scale(q)
     elif type(softmax_scale) is not float:

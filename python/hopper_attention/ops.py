@@ -279,4 +279,6 @@ _library_fragment.impl("forward", _forward_cuda, "CUDA")
 _library_fragment.impl("forward", _forward_cpu, "CPU")
 torch.library.register_fake("hopper_attention::forward", _forward_fake, lib=_library_fragment)
 
-forward = torch.ops.hopper_attention.forward.default
+# What torch.compile traces; and for eager calls the same without OpOverload's Python, 0.2 us.
+operator = torch.ops.hopper_attention.forward.default
+forward: Callable[..., Outputs] = getattr(operator, "_op", operator)

@@ -25,7 +25,7 @@ DEFAULTS = {
 }
 # softmax_scale and causal have none.
 OPERATOR_DEFAULTS = {
-    argument.name: argument.default_value for argument in ops.forward._schema.arguments[3:]
+    argument.name: argument.default_value for argument in ops.operator._schema.arguments[3:]
 }
 
 
