@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -47,18 +48,62 @@ hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int s
   return args;
 }
 
+constexpr Py_ssize_t kNumAddresses = 7;
+
+void set_addresses(const Pointer (&addresses)[kNumAddresses], hopper_attention_forward_args* args) {
+  args->q = reinterpret_cast<const void*>(addresses[0]);
+  args->k = reinterpret_cast<const void*>(addresses[1]);
+  args->v = reinterpret_cast<const void*>(addresses[2]);
+  args->out = reinterpret_cast<void*>(addresses[3]);
+  args->lse = reinterpret_cast<float*>(addresses[4]);
+  args->workspace = reinterpret_cast<void*>(addresses[5]);
+  args->stream = reinterpret_cast<void*>(addresses[6]);
+}
+
 template <class... Shape>
 void forward(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
              Pointer stream, Shape... shape) {
   hopper_attention_forward_args args = describe(shape...);
-  args.q = reinterpret_cast<const void*>(q);
-  args.k = reinterpret_cast<const void*>(k);
-  args.v = reinterpret_cast<const void*>(v);
-  args.out = reinterpret_cast<void*>(out);
-  args.lse = reinterpret_cast<float*>(lse);
-  args.workspace = reinterpret_cast<void*>(workspace);
-  args.stream = reinterpret_cast<void*>(stream);
+  set_addresses({q, k, v, out, lse, workspace, stream}, &args);
   raise_on_failure(hopper_attention_forward(&args));
+}
+
+// A call whose shape is settled: what is left are the addresses. It speaks CPython's own
+// convention, since pybind11's conversion of the arguments takes as long as the rest of the call
+// but its launch. self is a capsule with the arguments; threads may share it, so each works on a
+// copy.
+PyObject* run_prepared(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kNumAddresses) {
+    return PyErr_Format(PyExc_TypeError, "a prepared call takes %zd addresses, got %zd",
+                        kNumAddresses, count);
+  }
+  const void* const prepared = PyCapsule_GetPointer(self, nullptr);
+  if (prepared == nullptr) return nullptr;
+  auto args = *static_cast<const hopper_attention_forward_args*>(prepared);
+  Pointer addresses[kNumAddresses];
+  for (Py_ssize_t i = 0; i < kNumAddresses; ++i) {
+    addresses[i] = PyLong_AsSize_t(arguments[i]);
+    if (addresses[i] == static_cast<Pointer>(-1) && PyErr_Occurred()) return nullptr;
+  }
+  set_addresses(addresses, &args);
+  if (set_error(hopper_attention_forward(&args))) return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyMethodDef run_prepared_definition = {
+    "prepared_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_prepared)),
+    METH_FASTCALL, "Enqueue the forward kernel: q, k, v, out, lse, workspace, stream."};
+
+template <class... Shape>
+py::object prepare(Shape... shape) {
+  auto args = std::make_unique<hopper_attention_forward_args>(describe(shape...));
+  const py::capsule self(args.get(), [](void* prepared) {
+    delete static_cast<hopper_attention_forward_args*>(prepared);
+  });
+  args.release();
+  PyObject* const function = PyCFunction_New(&run_prepared_definition, self.ptr());
+  if (function == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(function);
 }
 
 template <class... Shape>
@@ -69,10 +114,11 @@ std::string explain_forward(Shape... shape) {
   return buffer;
 }
 
-// Binds both functions with the parameters of `describe`, which is the one place that lists them.
+// Binds the functions with the parameters of `describe`, which is the one place that lists them.
 template <class... Shape>
 void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
   module.def("forward", &forward<Shape...>, "Enqueue the forward kernel; see abi.h.");
+  module.def("prepare", &prepare<Shape...>, "forward's arguments after the stream; what is left.");
   module.def("explain_forward", &explain_forward<Shape...>, "JSON: how a call would run.");
 }
 

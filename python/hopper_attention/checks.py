@@ -186,7 +186,8 @@ def no_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
 
 def default_scale(q: torch.Tensor) -> float:
     """1 / sqrt(head_dim); 1 where q's shape is an error that `attention_dims` reports."""
-    return q.shape[-1] ** -0.5 if q.dim() and q.shape[-1] else 1.0
+    shape = q.shape
+    return shape[-1] ** -0.5 if shape and shape[-1] else 1.0
 
 
 def real(name: str, value: Any) -> float:

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 
 from . import checks, fp8, ops
-
-# The operator's arguments after q, k and v.
-Scalars = tuple[float, bool, int, int, float, int]
+from .ops import Scalars
 
 
 def flash_attn_func(
@@ -96,7 +94,13 @@ def flash_attn_func(
     )
     if in_fp8:
         return fp8.attention_of_e4m3(q, k, v, descales, scalars, return_attn_probs)
-    out, lse = ops.forward(q, k, v, *scalars)
+    if torch.compiler.is_compiling():
+        checks.no_backward(q, k, v)  # the operator checks it too, where torch.compile hides it
+        out, lse = ops.operator(q, k, v, *scalars)
+    elif scalars[2:] == ops.DEFAULTS:
+        out, lse = ops.forward(q, k, v, *scalars[:2])
+    else:
+        out, lse = ops.forward(q, k, v, *scalars)
     return (out, lse) if return_attn_probs else out
 
 
@@ -210,9 +214,6 @@ def normalise(
         _not_built("num_splits", "1, or 0 (the library chooses)", num_splits)
     if pack_gqa is not None:
         checks.flag("pack_gqa", pack_gqa)
-    if torch.compiler.is_compiling():  # the operator checks it too, where torch.compile hides it
-        checks.no_backward(q, k, v)
-
     if softmax_scale is None:
         softmax_scale = checks.default_scale(q)
     elif type(softmax_scale) is not float:

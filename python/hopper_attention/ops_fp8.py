@@ -181,7 +181,7 @@ def _forward_cuda(
         _ints(r, out_dtype, v_transposed, fast_accumulation, scalars),
         scalars[0],
         scalars[4],
-        ops._workspace(library, device_index, stream).data_ptr(),
+        ops._workspace(device_index, stream).data_ptr(),
         stream,
     )
     return out, lse

@@ -10,9 +10,12 @@ namespace {
 
 using namespace hopper_attention;
 
+constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBfloat16, Dtype::kE4M3, Dtype::kE4M3Fast};
+
 // "bf16_d192x128_masked" from a key: the name that a row must have.
 std::string expected_name(const ForwardKey& key) {
-  std::string name = key.dtype == Dtype::kBfloat16 ? "bf16_d" : "fp16_d";
+  constexpr const char* kPrefixes[] = {"fp16_d", "bf16_d", "e4m3_d", "e4m3fast_d"};
+  std::string name = kPrefixes[static_cast<int>(key.dtype)];
   name += std::to_string(key.head_dim);
   if (key.head_dim_v != key.head_dim) name += "x" + std::to_string(key.head_dim_v);
   return name + "_" + name_of(key.mask);
@@ -31,20 +34,23 @@ void each_row_is_named_after_its_key_and_fits() {
     if (error != nullptr) check::context += std::string(": ") + error;
     CHECK(error == nullptr);
     CHECK(config.reason != nullptr && config.reason[0] != '\0');
-    CHECK(row.key.head_dim % slab_columns(row.key.head_dim) == 0);
-    CHECK(row.key.head_dim_v % slab_columns(row.key.head_dim_v) == 0);
+    const int bytes = element_bytes(row.key.dtype);
+    CHECK(row.key.head_dim % slab_columns(row.key.head_dim, bytes) == 0);
+    CHECK(row.key.head_dim_v % slab_columns(row.key.head_dim_v, kOutputBytes) == 0);
   }
 }
 
 void there_is_one_row_for_each_head_dim_dtype_and_mask() {
   for (const HeadDims& dims : kForwardHeadDims) {
-    for (Dtype dtype : {Dtype::kFloat16, Dtype::kBfloat16}) {
+    for (Dtype dtype : kDtypes) {
       for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked}) {
         const ForwardKey key{dtype, dims.qk, dims.v, mask};
         check::context = expected_name(key);
         int found = 0;
         for (const InstanceRow& row : kInstanceRows) found += row.key == key;
-        CHECK(found == 1);
+        // Fast accumulation has masked rows alone, and serves full requests with them.
+        const bool fast_full = dtype == Dtype::kE4M3Fast && mask == MaskKind::kFull;
+        CHECK(found == (has_head_dims(dtype, dims) && !fast_full ? 1 : 0));
       }
     }
   }
@@ -63,17 +69,22 @@ void registers_stay_within_the_file_before_and_after_the_split() {
   }
 }
 
-// The bytes of Q, the K and V stages and O, counted element by element.
+// The bytes of Q, the K and V stages, V to transpose, row sums and O, counted element by element.
 int tensor_bytes(const ForwardConfig& config) {
-  int elements = 0;
+  const int bytes = element_bytes(config.key.dtype);
+  int total = 0;
   for (int row = 0; row < config.num_consumers * 64; ++row) {
-    elements += config.key.head_dim;
-    if (!o_overlays_q(config)) elements += config.key.head_dim_v;
+    total += config.key.head_dim * bytes;
+    if (!o_overlays_q(config)) total += config.key.head_dim_v * 2;
   }
-  for (int key = 0; key < config.tile_n * config.stages; ++key) {
-    elements += config.key.head_dim + config.key.head_dim_v;
+  const bool ones = config.key.dtype == Dtype::kE4M3 && config.v_parts == 1;
+  const bool masked_fp8 = is_fp8(config.key.dtype) && config.key.mask == MaskKind::kMasked;
+  for (int key = 0; key < config.tile_n; ++key) {
+    total += config.stages * bytes * (config.key.head_dim + config.key.head_dim_v + (ones ? 8 : 0));
+    if (masked_fp8) total += 2 * config.key.head_dim_v;
   }
-  return elements * 2;
+  if (ones && masked_fp8) total += config.num_consumers * 128 * 2 * 4;  // two rows a thread
+  return total;
 }
 
 void shared_memory_holds_every_tensor_and_barrier() {
@@ -83,15 +94,18 @@ void shared_memory_holds_every_tensor_and_barrier() {
     CHECK(shared_bytes(config) >= tensor_bytes(config) + barrier_bytes(config));
     CHECK(shared_bytes(config) < tensor_bytes(config) + barrier_bytes(config) + kSharedAlignment);
     CHECK(shared_bytes(config) <= 232448);  // a Hopper block's limit
-    // O may overlay Q only where it fits there.
-    if (o_overlays_q(config)) CHECK(o_bytes(config) <= q_bytes(config));
+    // O may overlay Q only where it fits there, in whole rounds.
+    CHECK(o_bytes(config) <= o_rounds(config) * q_bytes(config) || !o_overlays_q(config));
+    CHECK(config.key.head_dim_v % o_rounds(config) == 0);
+    CHECK(is_fp8(config.key.dtype) || o_rounds(config) == 1);
   }
 }
 
 // The pair with the fewest columns among those that hold the request.
-HeadDims smallest_by_search(int head_dim, int head_dim_v) {
+HeadDims smallest_by_search(Dtype dtype, int head_dim, int head_dim_v) {
   HeadDims best{0, 0};
   for (const HeadDims& dims : kForwardHeadDims) {
+    if (is_fp8(dtype) && dims.qk != dims.v) continue;
     const bool holds = dims.qk >= head_dim && dims.v >= head_dim_v;
     if (holds && (best.qk == 0 || dims.qk + dims.v < best.qk + best.v)) best = dims;
   }
@@ -99,12 +113,14 @@ HeadDims smallest_by_search(int head_dim, int head_dim_v) {
 }
 
 void a_request_runs_in_the_smallest_head_dims_that_hold_it() {
-  for (int head_dim = 8; head_dim <= 264; head_dim += 8) {
-    for (int head_dim_v = 8; head_dim_v <= 264; head_dim_v += 8) {
-      check::context = std::to_string(head_dim) + ", " + std::to_string(head_dim_v);
-      const HeadDims dims = tile_head_dims(head_dim, head_dim_v);
-      const HeadDims expected = smallest_by_search(head_dim, head_dim_v);
-      CHECK(dims.qk == expected.qk && dims.v == expected.v);
+  for (Dtype dtype : kDtypes) {
+    for (int head_dim = 8; head_dim <= 264; head_dim += 8) {
+      for (int head_dim_v = 8; head_dim_v <= 264; head_dim_v += 8) {
+        check::context = std::to_string(head_dim) + ", " + std::to_string(head_dim_v);
+        const HeadDims dims = tile_head_dims(dtype, head_dim, head_dim_v);
+        const HeadDims expected = smallest_by_search(dtype, head_dim, head_dim_v);
+        CHECK(dims.qk == expected.qk && dims.v == expected.v);
+      }
     }
   }
 }

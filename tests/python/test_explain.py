@@ -42,8 +42,8 @@ class FakeLibrary:
     def __init__(self):
         self.calls = []
 
-    def forward(self, *arguments):
-        self.calls.append(arguments[7:])
+    def prepare(self, *arguments):
+        return lambda *_: self.calls.append(arguments)
 
     def explain_forward(self, *arguments):
         self.calls.append(arguments)
@@ -55,7 +55,9 @@ def library(monkeypatch):
     fake = FakeLibrary()
     monkeypatch.setattr(_library, "_module", fake)
     monkeypatch.setattr(ops, "forward", ops._forward_cuda)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: 0)
     monkeypatch.setattr(ops, "_workspace", lambda *_: torch.zeros(1))
     return fake

@@ -23,6 +23,10 @@ DEFAULTS = {
     "softcap": 0.0,
     "sm_margin": 0,
 }
+# softmax_scale and causal have none.
+OPERATOR_DEFAULTS = {
+    argument.name: argument.default_value for argument in ops.operator._schema.arguments[3:]
+}
 
 
 @pytest.fixture
@@ -32,7 +36,8 @@ def operator(monkeypatch):
     class Operator:
         def __call__(self, q, k, v, *scalars):
             self.tensors = (q, k, v)
-            self.scalars = dict(zip(DEFAULTS, scalars, strict=True))
+            left_out = list(OPERATOR_DEFAULTS.values())[len(scalars) :]
+            self.scalars = dict(zip(DEFAULTS, (*scalars, *left_out), strict=True))
             return "out", "lse"
 
     recorder = Operator()

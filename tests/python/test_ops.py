@@ -39,9 +39,14 @@ def at(address, shape, strides, dtype):
 class FakeLibrary:
     def __init__(self):
         self.calls = []
+        self.prepared = 0
 
     def workspace_bytes(self):
         return 64
+
+    def prepare(self, *arguments):
+        self.prepared += 1
+        return lambda *addresses: self.forward(*addresses, *arguments)
 
     def forward(self, *arguments):
         call = dict(zip(NAMES, arguments, strict=True))
@@ -73,9 +78,11 @@ def install_library(monkeypatch):
     fake.workspace = workspace.data_ptr()
     monkeypatch.setattr(_library, "_module", fake)
     monkeypatch.setattr(ops, "forward", ops._forward_cuda)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
-    monkeypatch.setattr(ops, "_workspace", lambda library, device_index, stream: workspace)
+    monkeypatch.setattr(ops, "_workspace", lambda device_index, stream: workspace)
     return fake
 
 
@@ -289,7 +296,7 @@ def test_device_is_the_tensors_during_the_launch(library, monkeypatch):
         yield
         current[0] = before
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(ops, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(library, "forward", lambda *_: launched_on.append(current[0]))
     hopper_attention.flash_attn_func(*random_qkv())
@@ -297,22 +304,89 @@ def test_device_is_the_tensors_during_the_launch(library, monkeypatch):
     assert current == [3]
 
 
+def test_calls_of_one_problem_are_prepared_once(library):
+    q, k, v = random_qkv()
+    for _ in range(3):
+        assert_attends(q, k, v)
+    assert_attends(*random_qkv())
+    assert (library.prepared, len(library.calls)) == (1, 4)
+    others = [
+        {"causal": True},
+        {"softcap": 2.0},
+        {"softmax_scale": 0.5},
+        {"window_size": (3, -1)},
+        {"window_size": (-1, 3)},
+    ]
+    for count, arguments in enumerate(others, start=2):
+        assert_attends(q, k, v, **arguments)
+        assert library.prepared == count
+    assert_attends(q.half(), k.half(), v.half())
+    assert_attends(q.transpose(1, 2).contiguous().transpose(1, 2), k, v)
+    assert_attends(q, k[:, :8], v[:, :8])
+    hopper_attention.flash_attn_func(q, k, v, sm_margin=1)
+    assert library.prepared == 10
+
+
+def test_a_prepared_problem_still_looks_at_addresses(library):
+    q, k, v = random_qkv()
+    assert_attends(q, k, v)
+    odd = torch.empty(k.numel() + 1, dtype=k.dtype)[1:].view(k.shape).copy_(k)
+    assert_attends(q, odd, v)
+    assert library.calls[1]["k"] not in (odd.data_ptr(), k.data_ptr())
+    assert_attends(q, k, v)
+    assert library.calls[2]["k"] == k.data_ptr()
+    assert library.prepared == 2
+
+
+def test_a_prepared_problem_still_refuses_gradients(library):
+    q, k, v = random_qkv()
+    assert_attends(q, k, v)
+    with pytest.raises(NotImplementedError, match="backward pass is not built yet"):
+        hopper_attention.flash_attn_func(q, k, v.requires_grad_())
+    with torch.no_grad():
+        assert_attends(q, k, v)
+
+
+def test_contiguous_tensors_share_a_plan(library):
+    """Whatever the strides of their dimensions of size 1."""
+    q, k, v = random_qkv(1, 6, 9, 1, 1)
+    assert_attends(q, k, v)
+    assert_attends(q, k.as_strided(k.shape, (3, 16, 5, 1)), v)
+    assert library.prepared == 1
+
+
+@pytest.mark.parametrize("shape", [{}, {"seqlen_q": 0}, {"batch": 0}, {"d_v": 8}])
+def test_public_and_private_allocation_agree(library, monkeypatch, shape):
+    tensors = random_qkv(**shape)
+    found = ops.forward(*tensors, 0.25, True)
+    with FakeTensorMode():
+        ways = [ops._public_empty(*ops._contiguous(x.shape, x.dtype)) for x in found]
+    expected = ops._allocate(tensors[0], *tensors[0].shape[:3], tensors[2].shape[3])
+    for private, public, plain in zip(found, ways, expected, strict=True):
+        assert private.shape == public.shape == plain.shape
+        assert private.stride() == public.stride() == plain.stride()
+        assert private.dtype == public.dtype == plain.dtype
+        assert (private.device.type, public.device.type) == ("cpu", "cuda")
+
+
 def test_one_workspace_for_each_device_and_stream(monkeypatch):
     monkeypatch.setattr(ops, "_workspaces", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(_library, "_module", FakeLibrary())
     monkeypatch.setattr(ops, "_lasting_workspace", lambda size, index: torch.zeros(size))
-    made = {key: ops._workspace(FakeLibrary(), *key) for key in [(0, 0), (0, 7), (1, 7)]}
+    made = {key: ops._workspace(*key) for key in [(0, 0), (0, 7), (1, 7)]}
     assert len({workspace.data_ptr() for workspace in made.values()}) == 3
     for key, workspace in made.items():
-        assert ops._workspace(FakeLibrary(), *key) is workspace
+        assert ops._workspace(*key) is workspace
         assert workspace.shape == (64,)
 
 
 def test_graph_capture_has_workspaces_of_its_own(monkeypatch):
     monkeypatch.setattr(ops, "_workspaces", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(_library, "_module", FakeLibrary())
     with FakeTensorMode():
-        first, second = (ops._workspace(FakeLibrary(), 0, 7) for _ in range(2))
+        first, second = (ops._workspace(0, 7) for _ in range(2))
     assert first is not second
     assert first.device == torch.device("cuda", 0)
     assert first.shape == (64,)

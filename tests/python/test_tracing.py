@@ -5,6 +5,8 @@ import contextlib
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hopper_attention
 
@@ -83,9 +85,41 @@ def test_compiled_code_refuses_inputs_that_require_grad(fullgraph, error):
         compiled(q.requires_grad_(), k, v)
 
 
+def test_modes_and_subclasses_see_the_operator():
+    seen = []
+
+    class Functions(TorchFunctionMode):
+        def __torch_function__(self, function, types, arguments=(), keywords=None):
+            seen.append(("function", function))
+            return function(*arguments, **(keywords or {}))
+
+    class Dispatches(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(("dispatch", function))
+            return function(*arguments, **(keywords or {}))
+
+    class Tensors(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, arguments=(), keywords=None):
+            seen.append(("subclass", function))
+            return super().__torch_function__(function, types, arguments, keywords or {})
+
+    q, k, v = (x.to("meta") for x in random_qkv())
+    operator = torch.ops.hopper_attention.forward.default
+    for arguments in ({}, {"sm_margin": 1}):
+        for name, mode in (("function", Functions()), ("dispatch", Dispatches())):
+            with mode:
+                out = hopper_attention.flash_attn_func(q, k, v, **arguments)
+            assert out.shape == q.shape
+            assert (name, operator) in seen
+        hopper_attention.flash_attn_func(q.as_subclass(Tensors), k, v, **arguments)
+        assert ("subclass", operator) in seen
+        seen.clear()
+
+
 def test_schema():
     assert str(torch.ops.hopper_attention.forward.default._schema) == (
         "hopper_attention::forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-        "int window_left, int window_right, float softcap, int sm_margin) -> (Tensor out, Tensor "
-        "lse)"
+        "int window_left=-1, int window_right=-1, float softcap=0., int sm_margin=0) -> (Tensor "
+        "out, Tensor lse)"
     )

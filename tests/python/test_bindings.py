@@ -1,0 +1,51 @@
+"""The compiled module `_C`, as far as it goes without a device."""
+
+import gc
+
+import pytest
+
+from hopper_attention import _library
+
+pytestmark = pytest.mark.skipif(
+    not _library.is_compiled(), reason="the compiled library is not installed"
+)
+
+STRIDES = (64 * 2 * 64, 2 * 64, 64)
+
+
+def arguments(heads_kv=2, head_dim_v=64):
+    return (
+        *(1, 1, 64, 64, 2, heads_kv, 64, head_dim_v),
+        *(STRIDES, STRIDES, STRIDES, STRIDES),
+        *(0.125, 0.0, True, -1, 0, 0),
+    )
+
+
+def test_a_prepared_call_takes_seven_addresses():
+    call = _library.load().prepare(*arguments())
+    with pytest.raises(TypeError, match="takes 7 addresses, got 6"):
+        call(*range(6))
+    with pytest.raises(TypeError, match="integer"):
+        call(16, 16, 16, 16, 16, 16, "0")
+    for address in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            call(16, 16, 16, 16, 16, 16, address)
+
+
+def test_a_prepared_call_raises_what_the_library_says():
+    library = _library.load()
+    wrong = library.prepare(*arguments(heads_kv=3))
+    unsupported = library.prepare(*arguments(head_dim_v=136))
+    gc.collect()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
+            wrong(*[16] * 7)
+        with pytest.raises(NotImplementedError, match="head_dim is 64 with head_dim_v is 136"):
+            unsupported(*[16] * 7)
+
+
+def test_prepare_refuses_what_the_struct_cannot_hold():
+    with pytest.raises(TypeError):
+        _library.load().prepare(*arguments()[:-1])
+    with pytest.raises(TypeError):
+        _library.load().prepare(*arguments()[:-1], 2**40)
