@@ -31,13 +31,25 @@ struct Fp8Consumer {
   Turns<Traits> turns;
   Fp8Softmax<Traits>& softmax;
   TileSink<Traits> const& sink;
-  int row;                          // this thread's first
-  float row_scale[kRowsPerThread];  // Q's
-  float key_scale;                  // of the block whose scores come next, if its keys share one
-  const float* key_scales;          // of this head, where keys share them; or null
+  int row;                           // this thread's first
+  float row_factor[kRowsPerThread];  // Q's scale and the softmax's (or that of S before a cap)
+  float key_scale;                   // of the keys of the next block, if they share one
+  const float* key_scales;           // of this head, where keys share them; or null
+  bool k_ready, v_ready;             // what peek saw
 
-  CUTE_DEVICE void wait_k() { shared.barriers.k_full[k_ring.stage].wait(k_ring.phase); }
-  CUTE_DEVICE void wait_v() { shared.barriers.v_full[v_ring.stage].wait(v_ring.phase); }
+  CUTE_DEVICE void wait_k() {
+    if (!k_ready) shared.barriers.k_full[k_ring.stage].wait(k_ring.phase);
+  }
+  CUTE_DEVICE void wait_v() {
+    if (!v_ready) shared.barriers.v_full[v_ring.stage].wait(v_ring.phase);
+  }
+  // Looks whether the next K and V are there while exponentials are under way, where the look's
+  // time does not show.
+  CUTE_DEVICE void peek() {
+    k_ready = shared.barriers.k_full[k_ring.stage].test_wait(k_ring.phase);
+    v_ready = shared.barriers.v_full[v_ring.stage].test_wait(v_ring.phase);
+  }
+  CUTE_DEVICE void forget() { k_ready = v_ready = false; }
   CUTE_DEVICE void release_k(bool always) {
     if (cute::elect_one_sync() && always) shared.barriers.k_empty[k_ring.stage].arrive();
     k_ring.advance();
@@ -47,6 +59,7 @@ struct Fp8Consumer {
     v_ring.advance();
   }
   CUTE_DEVICE void skip(int count) {  // blocks that only other consumers need
+    forget();
     for (; count > 0; --count) {
       wait_k();
       turns.wait();
@@ -57,26 +70,25 @@ struct Fp8Consumer {
     }
   }
 
-  // The scale of a block's keys, early enough that the load's time does not show.
-  CUTE_DEVICE void fetch_scale(int n_block) {
+  // Makes the multipliers of the block to the left of n_block, whose keys' scale was loaded a block
+  // ago, and loads the next: early enough that the load's time does not show.
+  CUTE_DEVICE void prepare_next(int n_block) {
+    const bool transform = Traits::kMasked && params.transform_scores;
+    CUTE_UNROLL
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      const float product = row_factor[r] * key_scale;
+      softmax.multiplier[r] = transform ? product : positive(product);
+    }
     if (key_scales == nullptr) return;
-    const int first_key = max(n_block, 0) * Traits::kTileN;
+    const int first_key = max(n_block - 2, 0) * Traits::kTileN;
     key_scale = load_scale(key_scales + (first_key >> params.scales.k_shift));
   }
 
-  // Makes the multipliers of a block, and where needed its final scores: caps, scales of single
-  // keys, masks.
-  template <bool kPlain, class Scores>
-  CUTE_DEVICE void prepare(Scores& rS, int n_block) {
-    const bool transform = Traits::kMasked && !kPlain && params.transform_scores;
-    CUTE_UNROLL
-    for (int r = 0; r < kRowsPerThread; ++r) {
-      softmax.multiplier[r] =
-          transform ? params.scale_log2 : positive(row_scale[r] * key_scale * params.scale_log2);
-    }
-    if constexpr (kPlain) return;
+  // The final scores of a block with masks, caps, or scales of single keys.
+  template <class Scores>
+  CUTE_DEVICE void finish_scores(Scores& rS, int n_block) {
     if constexpr (Traits::kMasked) {
-      if (transform) transform_block(rS, n_block);
+      if (params.transform_scores) transform_block(rS, n_block);
     }
     mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
   }
@@ -85,11 +97,14 @@ struct Fp8Consumer {
   CUTE_DEVICE void transform_block(Scores& rS, int n_block) {
     CUTE_UNROLL
     for (int i = 0; i < decltype(cute::size(rS))::value; ++i) {
-      rS(i) *= row_scale[fragment_row(i)] * key_scale * params.inner_scale;
+      rS(i) *= softmax.multiplier[fragment_row(i)];
     }
+    CUTE_UNROLL
+    for (int r = 0; r < kRowsPerThread; ++r) softmax.multiplier[r] = params.scale_log2;
     const int first_key = n_block * Traits::kTileN;
     if (scales_each_key(params)) {
-      scale_columns(rS, hopper_attention::key_scales(params, sink.tile(shared.barriers)) + first_key, params.mask.seqlen_k - first_key);
+      const float* factors = hopper_attention::key_scales(params, sink.tile(shared.barriers));
+      scale_columns(rS, factors + first_key, params.mask.seqlen_k - first_key);
     }
     if (params.cap == 0.0f) return;
     CUTE_UNROLL
@@ -99,9 +114,9 @@ struct Fp8Consumer {
   }
 
   // After the exponentials: the factors of V's tokens, which P takes and its sum does not.
-  template <bool kPlain, class Scores>
+  template <class Scores>
   CUTE_DEVICE void fold_token_factors(Scores& rS, int n_block) {
-    if constexpr (Traits::kMasked && !kPlain) {
+    if constexpr (Traits::kMasked) {
       if (params.scales.v_token_factor == nullptr) return;
       if constexpr (Traits::kOnes) {  // the ones would sum the products
         CUTE_UNROLL
@@ -163,18 +178,16 @@ template <class Traits, class Scores, class Probabilities>
 CUTE_DEVICE void first_softmax(Fp8Consumer<Traits>& self, Scores& rS, Probabilities& rP,
                                BlockRange own, BlockRange plain) {
   const int n_block = own.end - 1;
-  if (own.end > plain.end) {
-    self.template prepare<false>(rS, n_block);
-  } else {
-    self.template prepare<true>(rS, n_block);
-  }
-  self.fetch_scale(n_block - 1);
+  const bool masked = own.end > plain.end;
+  if (masked) self.finish_scores(rS, n_block);
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     self.softmax.template take_maximum<Traits::kMasked>(Softmax::thread_max(rS, r), r);
     self.softmax.exponentiate(rS, r);
   }
-  if (own.end > plain.end) self.template fold_token_factors<false>(rS, n_block);
+  self.peek();
+  self.prepare_next(n_block);
+  if (masked) self.fold_token_factors(rS, n_block);
   convert_to_e4m3(rS, rP);
 }
 
@@ -232,19 +245,21 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
     warpgroup_fence_operand(rS);
     if constexpr (!kHolds) self.release_k(true);
-    self.template prepare<kPlain>(rS, n_block);
-    self.fetch_scale(n_block - 1);
+    if constexpr (!kPlain) self.finish_scores(rS, n_block);
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) owed[r] = softmax.alpha[r];
     softmax.template take_maxima<kPlain>(rS);
     softmax.exponentiate(rS, 0);
     if constexpr (kHolds) {  // holds the wait below back, as in mma.cuh; P is never negative
       constexpr int kColumns = Traits::kTileN / 4;
-      self.release_k(!(rS(fragment_index(0, kHalf ? kColumns / 2 : kColumns - 1)) < 0.0f));
+      const float p = rS(fragment_index(0, kHalf ? kColumns / 2 : kColumns - 1));
+      self.release_k(!(opaque(p) < 0.0f));
     }
     take_values(rT);
+    self.peek();
     softmax.exponentiate(rS, 1);
-    self.template fold_token_factors<kPlain>(rS, n_block);
+    self.prepare_next(n_block);
+    if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     if constexpr (Traits::kFast) {
       CUTE_UNROLL
       for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= softmax.alpha[fragment_row(i)];
@@ -320,12 +335,13 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     score();
     self.turns.pass();
     take_scores();
-    self.template prepare<kPlain>(rS, n_block);
-    self.fetch_scale(n_block - 1);
+    if constexpr (!kPlain) self.finish_scores(rS, n_block);
     softmax.template take_maxima<kPlain>(rS);
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) softmax.exponentiate(rS, r);
-    self.template fold_token_factors<kPlain>(rS, n_block);
+    self.peek();
+    self.prepare_next(n_block);
+    if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     convert_to_e4m3(rS, rP);
   };
 
@@ -353,18 +369,23 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
                                : plain_blocks(params.mask, first_row, row_end, Traits::kTileN);
-  Fp8Consumer<Traits> self{params, shared, k_ring, v_ring, Turns<Traits>{consumer}, softmax,
-                           sink,   row,    {},     1.0f,   nullptr};
+  Fp8Consumer<Traits> self{params, shared, k_ring, v_ring,  Turns<Traits>{consumer}, softmax,
+                           sink,   row,    {},     1.0f,    nullptr,
+                           false,  false};
   const TileMessage message = sink.tile(shared.barriers);
   const bool share = params.scales.k != nullptr && !scales_each_key(params);
   if (share) self.key_scales = key_scales(params, message);
-  read_row_scales(params, message, row, self.row_scale);
+  read_row_factors(params, message, row, self.row_factor);
   if constexpr (Traits::kTokenSums) {
     if (params.scales.v_token_factor != nullptr) {
       for (int r = 0; r < kRowsPerThread; ++r) shared.row_sums[consumer][row_sum_index(r)] = 0.0f;
     }
   }
-  self.fetch_scale(own.end - 1);
+  if (share && !own.empty()) {
+    self.key_scale =
+        load_scale(self.key_scales + ((own.end - 1) * Traits::kTileN >> params.scales.k_shift));
+  }
+  self.prepare_next(own.end);
   auto release_q = [&] {  // where O lies on Q, the epilogue releases it
     if constexpr (!Traits::kOverlayO) arrive_warp(shared.barriers.q_empty[consumer]);
   };

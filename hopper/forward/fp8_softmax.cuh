@@ -88,15 +88,21 @@ struct Fp8Softmax {
   // The largest of this thread's scores of a row and 0, as a float's bits.
   template <class Scores>
   CUTE_DEVICE static int integer_max(Scores const& s, int row) {
-    int result = 0;
+    int result[2] = {0, 0};  // two chains: one would wait for itself
     CUTE_UNROLL
     for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; j += 2) {
-      result = __vimax3_s32(result, __float_as_int(s(fragment_index(row, j))),
-                            __float_as_int(s(fragment_index(row, j + 1))));
+      result[j / 2 % 2] = __vimax3_s32(result[j / 2 % 2], __float_as_int(s(fragment_index(row, j))),
+                                       __float_as_int(s(fragment_index(row, j + 1))));
     }
-    return result;
+    return max(result[0], result[1]);
   }
 };
+
+// The same value, of which the compiler knows nothing: not that an exponential is not negative.
+CUTE_DEVICE float opaque(float x) {
+  asm("" : "+f"(x));
+  return x;
+}
 
 // P in e4m3 as the second product's A operand: a register holds slots 4a to 4a + 3 of one row, that
 // is, columns 2a, 2a + 1, 8 + 2a and 9 + 2a of 16 (fp8.h), which are this thread's anyway.
@@ -121,16 +127,19 @@ CUTE_DEVICE void convert_to_e4m3(Scores const& s, Probabilities& p) {
   }
 }
 
-// The scale of each of this thread's rows of Q.
-CUTE_DEVICE void read_row_scales(ForwardParams const& params, TileMessage const& message,
-                                 int first_row, float (&row_scale)[kRowsPerThread]) {
+// For each of this thread's rows Q's scale times what its scores are to be multiplied by.
+CUTE_DEVICE void read_row_factors(ForwardParams const& params, TileMessage const& message,
+                                  int first_row, float (&factor)[kRowsPerThread]) {
   const ScaleParams& scales = params.scales;
   const int head = scales.q_per_kv ? message.head_kv : message.tile.head;
-  const float* q = scales.q + message.tile.batch * scales.q_stride_batch + head * scales.q_stride_head;
+  const float* q =
+      scales.q + message.tile.batch * scales.q_stride_batch + head * scales.q_stride_head;
+  const float common = params.transform_scores ? params.inner_scale : params.scale_log2;
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     const int token = min(first_row + 8 * r, params.mask.seqlen_q - 1);
-    row_scale[r] = scales.q == nullptr ? 1.0f : __ldg(q + (token >> scales.q_shift));
+    const float scale = scales.q == nullptr ? 1.0f : __ldg(q + (token >> scales.q_shift));
+    factor[r] = scale * common;
   }
 }
 
@@ -146,10 +155,10 @@ CUTE_DEVICE const float* token_factors(ForwardParams const& params, TileMessage 
          message.head_kv * scales.v_token_stride_head;
 }
 // In assembly, since the compiler would move what is the same for a warp to a uniform register, and
-// wait for it then and there.
+// wait for it then and there; volatile, so that it stays among the exponentials.
 CUTE_DEVICE float load_scale(const float* address) {
   float scale;
-  asm("ld.global.nc.f32 %0, [%1];" : "=f"(scale) : "l"(address));
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(scale) : "l"(address));
   return scale;
 }
 
