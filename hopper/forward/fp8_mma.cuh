@@ -29,27 +29,16 @@ struct Fp8Consumer {
   Ring<Traits::kStages>& k_ring;
   Ring<Traits::kStages>& v_ring;
   Turns<Traits> turns;
+  Turns<Traits, Traits::kConfig.exp_turns> exp_turns;
   Fp8Softmax<Traits>& softmax;
   TileSink<Traits> const& sink;
   int row;                           // this thread's first
   float row_factor[kRowsPerThread];  // Q's scale and the softmax's (or that of S before a cap)
   float key_scale;                   // of the keys of the next block, if they share one
   const float* key_scales;           // of this head, where keys share them; or null
-  bool k_ready, v_ready;             // what peek saw
 
-  CUTE_DEVICE void wait_k() {
-    if (!k_ready) shared.barriers.k_full[k_ring.stage].wait(k_ring.phase);
-  }
-  CUTE_DEVICE void wait_v() {
-    if (!v_ready) shared.barriers.v_full[v_ring.stage].wait(v_ring.phase);
-  }
-  // Looks whether the next K and V are there while exponentials are under way, where the look's
-  // time does not show.
-  CUTE_DEVICE void peek() {
-    k_ready = shared.barriers.k_full[k_ring.stage].test_wait(k_ring.phase);
-    v_ready = shared.barriers.v_full[v_ring.stage].test_wait(v_ring.phase);
-  }
-  CUTE_DEVICE void forget() { k_ready = v_ready = false; }
+  CUTE_DEVICE void wait_k() { shared.barriers.k_full[k_ring.stage].wait(k_ring.phase); }
+  CUTE_DEVICE void wait_v() { shared.barriers.v_full[v_ring.stage].wait(v_ring.phase); }
   CUTE_DEVICE void release_k(bool always) {
     if (cute::elect_one_sync() && always) shared.barriers.k_empty[k_ring.stage].arrive();
     k_ring.advance();
@@ -59,28 +48,32 @@ struct Fp8Consumer {
     v_ring.advance();
   }
   CUTE_DEVICE void skip(int count) {  // blocks that only other consumers need
-    forget();
     for (; count > 0; --count) {
       wait_k();
       turns.wait();
       turns.pass();
+      exp_turns.wait();
+      exp_turns.pass();
       release_k(true);
       wait_v();
       release_v();
     }
   }
 
-  // Makes the multipliers of the block to the left of n_block, whose keys' scale was loaded a block
-  // ago, and loads the next: early enough that the load's time does not show.
-  CUTE_DEVICE void prepare_next(int n_block) {
+  // Makes the multipliers of n_block, whose keys' scale was loaded a block ago, and loads the next
+  // one's: while the scores are still being multiplied.
+  CUTE_DEVICE void prepare(int n_block) {
     const bool transform = Traits::kMasked && params.transform_scores;
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {
       const float product = row_factor[r] * key_scale;
       softmax.multiplier[r] = transform ? product : positive(product);
     }
+    load_key_scale(n_block - 1);
+  }
+  CUTE_DEVICE void load_key_scale(int n_block) {
     if (key_scales == nullptr) return;
-    const int first_key = max(n_block - 2, 0) * Traits::kTileN;
+    const int first_key = max(n_block, 0) * Traits::kTileN;
     key_scale = load_scale(key_scales + (first_key >> params.scales.k_shift));
   }
 
@@ -179,14 +172,15 @@ CUTE_DEVICE void first_softmax(Fp8Consumer<Traits>& self, Scores& rS, Probabilit
                                BlockRange own, BlockRange plain) {
   const int n_block = own.end - 1;
   const bool masked = own.end > plain.end;
+  self.prepare(n_block);
   if (masked) self.finish_scores(rS, n_block);
+  self.exp_turns.wait();
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     self.softmax.template take_maximum<Traits::kMasked>(Softmax::thread_max(rS, r), r);
     self.softmax.exponentiate(rS, r);
   }
-  self.peek();
-  self.prepare_next(n_block);
+  self.exp_turns.pass();
   if (masked) self.fold_token_factors(rS, n_block);
   convert_to_e4m3(rS, rP);
 }
@@ -242,6 +236,7 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
     score(rS);
     multiply_values(rT);
     self.turns.pass();
+    self.prepare(n_block);
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
     warpgroup_fence_operand(rS);
     if constexpr (!kHolds) self.release_k(true);
@@ -249,6 +244,7 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) owed[r] = softmax.alpha[r];
     softmax.template take_maxima<kPlain>(rS);
+    self.exp_turns.wait();
     softmax.exponentiate(rS, 0);
     if constexpr (kHolds) {  // holds the wait below back, as in mma.cuh; P is never negative
       constexpr int kColumns = Traits::kTileN / 4;
@@ -256,9 +252,8 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
       self.release_k(!(opaque(p) < 0.0f));
     }
     take_values(rT);
-    self.peek();
     softmax.exponentiate(rS, 1);
-    self.prepare_next(n_block);
+    self.exp_turns.pass();
     if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     if constexpr (Traits::kFast) {
       CUTE_UNROLL
@@ -334,13 +329,14 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     self.wait_k();
     score();
     self.turns.pass();
+    self.prepare(n_block);
     take_scores();
     if constexpr (!kPlain) self.finish_scores(rS, n_block);
     softmax.template take_maxima<kPlain>(rS);
+    self.exp_turns.wait();
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) softmax.exponentiate(rS, r);
-    self.peek();
-    self.prepare_next(n_block);
+    self.exp_turns.pass();
     if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     convert_to_e4m3(rS, rP);
   };
@@ -369,9 +365,8 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
                                : plain_blocks(params.mask, first_row, row_end, Traits::kTileN);
-  Fp8Consumer<Traits> self{params, shared, k_ring, v_ring,  Turns<Traits>{consumer}, softmax,
-                           sink,   row,    {},     1.0f,    nullptr,
-                           false,  false};
+  Fp8Consumer<Traits> self{params, shared, k_ring, v_ring, {consumer}, {consumer}, softmax,
+                           sink,   row,    {},     1.0f,   nullptr};
   const TileMessage message = sink.tile(shared.barriers);
   const bool share = params.scales.k != nullptr && !scales_each_key(params);
   if (share) self.key_scales = key_scales(params, message);
@@ -381,11 +376,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
       for (int r = 0; r < kRowsPerThread; ++r) shared.row_sums[consumer][row_sum_index(r)] = 0.0f;
     }
   }
-  if (share && !own.empty()) {
-    self.key_scale =
-        load_scale(self.key_scales + ((own.end - 1) * Traits::kTileN >> params.scales.k_shift));
-  }
-  self.prepare_next(own.end);
+  self.load_key_scale(own.end - 1);
   auto release_q = [&] {  // where O lies on Q, the epilogue releases it
     if constexpr (!Traits::kOverlayO) arrive_warp(shared.barriers.q_empty[consumer]);
   };

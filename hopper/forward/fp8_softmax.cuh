@@ -13,7 +13,7 @@ namespace hopper_attention {
 // within e4m3's 448. Where the row sum is of P as rounded (Traits::kOnes), a largest P that is not a
 // power of two costs nothing; elsewhere its rounding would, and the reference always follows.
 template <class Traits>
-inline constexpr float kSlack = Traits::kOnes ? 0.8f : 0.0f;
+inline constexpr float kSlack = Traits::kOnes ? 1.8f : 0.0f;
 
 template <class Traits>
 struct Fp8Softmax {
@@ -42,11 +42,13 @@ struct Fp8Softmax {
   template <bool kPlain, class Scores>
   CUTE_DEVICE void take_maxima(Scores const& s) {
     if constexpr (kPlain) {
-      bool rises = false;
+      bool rises = false, negative = false;
+      float bound[kRowsPerThread];
       CUTE_UNROLL
       for (int row = 0; row < kRowsPerThread; ++row) {
-        const float bound = __int_as_float(integer_max(s, row));
-        rises |= fmaf(bound, multiplier[row], -(kOffset + kSlack<Traits>)) > shift[row];
+        bound[row] = __int_as_float(integer_max(s, row));
+        rises |= fmaf(bound[row], multiplier[row], -(kOffset + kSlack<Traits>)) > shift[row];
+        negative |= bound[row] == 0.0f;
       }
       if (!__any_sync(0xffffffff, rises)) {
         CUTE_UNROLL
@@ -54,6 +56,11 @@ struct Fp8Softmax {
           alpha[row] = 1.0f;
           subtrahend[row] = shift[row];
         }
+        return;
+      }
+      if (!__any_sync(0xffffffff, negative)) {  // the bounds are the maxima
+        CUTE_UNROLL
+        for (int row = 0; row < kRowsPerThread; ++row) take_maximum<false>(bound[row], row);
         return;
       }
     }

@@ -88,7 +88,7 @@ template <class Traits>
 CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedStorage& shared,
                          int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
-  Turns<Traits>{consumer}.start();
+  Turns<Traits, Traits::kConfig.ping_pong || Traits::kConfig.exp_turns>{consumer}.start();
   TileSink<Traits> sink;
   Ring<Traits::kStages> k_ring, v_ring;
   std::uint32_t q_phase = 0;

@@ -15,21 +15,21 @@
 namespace hopper_attention {
 
 // Turns are passed round robin; consumer 0 starts.
-template <class Traits>
+template <class Traits, bool kTake = Traits::kConfig.ping_pong>
 struct Turns {
   static constexpr int kThreads = 2 * kWarpgroupThreads;  // one waits, one passes
   int consumer;
 
   CUTE_DEVICE void start() const {
-    if constexpr (Traits::kConfig.ping_pong) {
+    if constexpr (kTake) {
       if (consumer == 0) arrive_named(NamedBarrier::kTurn, 0, kThreads);
     }
   }
   CUTE_DEVICE void wait() const {
-    if constexpr (Traits::kConfig.ping_pong) sync_named(NamedBarrier::kTurn, consumer, kThreads);
+    if constexpr (kTake) sync_named(NamedBarrier::kTurn, consumer, kThreads);
   }
   CUTE_DEVICE void pass() const {
-    if constexpr (Traits::kConfig.ping_pong) {
+    if constexpr (kTake) {
       const int next = consumer + 1 == Traits::kConsumers ? 0 : consumer + 1;
       arrive_named(NamedBarrier::kTurn, next, kThreads);
     }

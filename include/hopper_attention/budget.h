@@ -126,6 +126,7 @@ constexpr const char* config_error(const ForwardConfig& config) {
   const bool fp8 = is_fp8(config.key.dtype);
   if (fp8 && config.tile_n != 64 && config.tile_n != 128) return "tile_n: 64 or 128 in e4m3";
   if (!fp8 && (config.v_parts != 1 || !config.overlap_products)) return "a choice of e4m3 alone";
+  if (config.ping_pong && config.exp_turns) return "one kind of turns";
   if (config.overlap_products && config.v_parts != 1) return "parts and overlap of products";
   if (config.key.head_dim_v % (8 * config.v_parts) != 0) return "v_parts must divide head_dim_v";
   if (config.key.head_dim % 32 != 0 || config.key.head_dim_v % 32 != 0) return "head dim: 32s";

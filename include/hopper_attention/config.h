@@ -27,6 +27,7 @@ struct ForwardConfig {
   // Issue the next block's Q K^T ahead of this block's P V, where the registers for both last.
   bool overlap_products = true;
   int v_parts = 1;  // equal parts of head_dim_v, that P V is computed for one after the other
+  bool exp_turns = false;  // alternate the consumers at the exponentials, instead of the products
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
