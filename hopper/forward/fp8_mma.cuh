@@ -147,12 +147,11 @@ CUTE_DEVICE auto make_p_fragment() {
       Layout<Shape<Shape<_4, _2, _2>, _1, Int<Traits::kTileN / 32>>>{});
 }
 
-// kBlock(n_block, kPlain) for a consumer's blocks after its first, right to left.
+// step(n_block, kPlain) for a consumer's blocks from n_block on, right to left.
 template <class Traits, class Step>
-CUTE_DEVICE void for_blocks(BlockRange own, BlockRange plain, Step const& step) {
+CUTE_DEVICE void for_blocks(BlockRange own, BlockRange plain, int n_block, Step const& step) {
   using cute::false_type;
   using cute::true_type;
-  int n_block = own.end - 2;
   if constexpr (Traits::kMasked) {
     const int plain_begin = max(plain.begin, own.begin);
     while (n_block >= own.begin) {  // right edge, middle, left edge: at most twice
@@ -162,6 +161,9 @@ CUTE_DEVICE void for_blocks(BlockRange own, BlockRange plain, Step const& step) 
       for (; n_block >= plain_begin && n_block < plain.end; --n_block) step(n_block, true_type{});
     }
   } else {
+    if constexpr (!Traits::kConfig.overlap_products) {
+      if (n_block >= plain.end) step(n_block--, false_type{});  // a short last block
+    }
     for (; n_block >= own.begin; --n_block) step(n_block, true_type{});
   }
 }
@@ -272,7 +274,7 @@ CUTE_DEVICE void attend_overlapped(Fp8Consumer<Traits>& self, int consumer, Bloc
     self.release_k(true);
     first_softmax(self, rS, rP, own, plain);
   }
-  for_blocks<Traits>(own, plain, step);
+  for_blocks<Traits>(own, plain, own.end - 2, step);
   release_q();
   Tensor rT = make_fragment_like(rO);
   multiply_values(rT);
@@ -285,7 +287,6 @@ template <class Traits, class Output, class ReleaseQ>
 CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockRange own,
                                  BlockRange plain, Output& rO, ReleaseQ const& release_q) {
   using namespace cute;
-  constexpr int kParts = Traits::kParts;
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
   Tensor sQ = make_tensor(make_smem_ptr(self.shared.q[consumer]), typename Traits::LayoutQ{});
@@ -306,31 +307,35 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
   // other consumer's products fill the gaps.
   auto multiply_values = [&] {
     self.wait_v();
-    for_each(make_int_sequence<kParts>{}, [&](auto part) {
+    if constexpr (Traits::kFast) {  // O is its own accumulator
+      CUTE_UNROLL
+      for (int i = 0; i < decltype(size(rO))::value; ++i) rO(i) *= softmax.alpha[fragment_row(i)];
+      issue_product<false>(mma_pv, rP, tOrV(_, _, _, self.v_ring.stage), rO);
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rO);
+      self.release_v();
+      return;
+    }
+    for_each(make_int_sequence<Traits::kParts>{}, [&](auto part) {
       Tensor b = tOrV(_, Int<decltype(part)::value>{}, _, self.v_ring.stage);  // (MMA, tile_n/32)
       auto layout = make_layout(get<0>(b.layout()), Layout<_1>{}, get<1>(b.layout()));
       issue_product<true>(mma_pv, rP, make_tensor(b.data(), layout), rT);
       warpgroup_wait<0>();
       warpgroup_fence_operand(rT);
-      if constexpr (decltype(part)::value == kParts - 1) self.release_v();
+      if constexpr (decltype(part)::value == Traits::kParts - 1) self.release_v();
       Fp8Consumer<Traits>::fold(rO(_, _, Int<decltype(part)::value>{}), rT, softmax.alpha);
     });
   };
-  auto score = [&] { issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, self.k_ring.stage), rS); };
-  auto take_scores = [&] {
+  auto step = [&](int n_block, auto kPlain) {
+    self.wait_k();
+    self.turns.wait();
+    issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, self.k_ring.stage), rS);
+    self.turns.pass();
+    self.prepare(n_block);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rS);
     self.release_k(true);
-  };
-  // A consumer's turn lasts from P V to the next block's Q K^T: S needs P's and T's registers.
-  auto step = [&](int n_block, auto kPlain) {
-    self.turns.wait();
-    multiply_values();
-    self.wait_k();
-    score();
-    self.turns.pass();
-    self.prepare(n_block);
-    take_scores();
+    if (n_block == own.begin) release_q();
     if constexpr (!kPlain) self.finish_scores(rS, n_block);
     softmax.template take_maxima<kPlain>(rS);
     self.exp_turns.wait();
@@ -339,17 +344,9 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     self.exp_turns.pass();
     if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     convert_to_e4m3(rS, rP);
+    multiply_values();
   };
-
-  self.wait_k();
-  self.turns.wait();
-  score();
-  self.turns.pass();
-  take_scores();
-  first_softmax(self, rS, rP, own, plain);
-  for_blocks<Traits>(own, plain, step);
-  release_q();
-  multiply_values();
+  for_blocks<Traits>(own, plain, own.end - 1, step);
 }
 
 // O of one consumer's rows of one tile with, where Traits::kOnes, the row sums behind it.

@@ -71,7 +71,7 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
   //  turns at the exponentials}
   if (key.dtype == Dtype::kE4M3Fast) {
     return {key, 128, 2, key.head_dim == 64 ? 3 : 2, false, kAfterMaxima, false,
-            "O is its own accumulator, as in 16 bits", true, 1, false};
+            "O is its own accumulator, as in 16 bits", key.head_dim < 192, 1, false};
   }
   switch (key.head_dim) {
     case 64:
