@@ -20,6 +20,11 @@ inline constexpr int kScaleTokens = 128;
 // the row's largest. O and the row sum carry the same factor.
 inline constexpr int kOffsetLog2 = 8;
 
+// How far, in base-2 exponents, scores may rise above the reference before it follows: P stays
+// within e4m3's 448. Only where the row sum is of P as rounded (budget.h's sums_by_ones): there a
+// largest P that is no power of two costs nothing, elsewhere its rounding would.
+inline constexpr float kMaximumSlack = 0.8f;
+
 // Keys of a group that is stored in another order.
 inline constexpr int kSlots = 16;
 
