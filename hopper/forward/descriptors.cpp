@@ -32,8 +32,8 @@ Status encode_descriptors(const hopper_attention_forward_args& a, const ForwardP
   const int slab_v = slab_columns(plan.key.head_dim_v, bytes_of(type));
   const int slab_out = slab_columns(plan.key.head_dim_v, kOutputBytes);
 
-  TensorView v{keys ? a.v : a.q, a.head_dim_v,    seqlen_k,        a.heads_kv, a.batch,
-               a.v_stride_seq,   a.v_stride_head, a.v_stride_batch};
+  TensorView v{keys ? a.v : a.q, a.head_dim_v,   seqlen_k,        a.heads_kv,
+               a.batch,          a.v_stride_seq, a.v_stride_head, a.v_stride_batch};
   TensorBox v_box{slab_v, plan.config.tile_n};
   if (a.v_transposed) {
     v.head_dim = round_up(seqlen_k, kScaleTokens);

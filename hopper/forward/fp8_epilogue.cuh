@@ -33,10 +33,10 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::Shared
     factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
     lse[r] = softmax.log_sum_exp(total, r);
   }
-  const float* channels = scales.v == nullptr ? nullptr
-                                              : scales.v +
-                                                    message.tile.batch * scales.v_stride_batch +
-                                                    message.head_kv * scales.v_stride_head;
+  const float* channels = scales.v == nullptr
+                              ? nullptr
+                              : scales.v + message.tile.batch * scales.v_stride_batch +
+                                    message.head_kv * scales.v_stride_head;
   if (channels != nullptr && scales.v_stride_channel == 0) {
     const float v = __ldg(channels);
     CUTE_UNROLL

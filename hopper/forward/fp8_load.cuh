@@ -53,9 +53,9 @@ CUTE_DEVICE void store_matrices(void* address, std::uint32_t const (&r)[4]) {
                : "memory");
 }
 
-// Transposes 32 keys of 16 channels, seen as 16-bit pairs of channels. ldmatrix's transposition gives
-// a thread the pair of channels lane / 4 of keys 2a, 2a + 1 and 8 + 2a, 9 + 2a (a = lane % 4): once
-// the bytes of the two channels are taken apart, these are slots 4a to 4a + 3 of fp8.h.
+// Transposes 32 keys of 16 channels, seen as 16-bit pairs of channels. ldmatrix's transposition
+// gives a thread the pair of channels lane / 4 of keys 2a, 2a + 1 and 8 + 2a, 9 + 2a (a = lane %
+// 4): once the bytes of the two channels are taken apart, these are slots 4a to 4a + 3 of fp8.h.
 template <class TensorRaw, class TensorVt>
 CUTE_DEVICE void transpose_block(TensorRaw const& sRaw, TensorVt& sVt, int first_key, int channel) {
   const int lane = threadIdx.x % 32, matrix = lane / 8, i = lane % 8;
@@ -112,8 +112,8 @@ CUTE_DEVICE void write_ones(typename Traits::SharedStorage& shared) {
   constexpr std::uint32_t kFourOnes = 0x38383838;  // e4m3's 1, four times
   constexpr int kWords = kOnesRows * Traits::kTileN / 4;
   for (int stage = 0; stage < Traits::kStages; ++stage) {
-    auto* words = reinterpret_cast<std::uint32_t*>(shared.v[stage] +
-                                                   Traits::kHeadDimV * Traits::kTileN);
+    auto* words =
+        reinterpret_cast<std::uint32_t*>(shared.v[stage] + Traits::kHeadDimV * Traits::kTileN);
     for (int i = threadIdx.x; i < kWords; i += blockDim.x) words[i] = kFourOnes;
   }
   cutlass::arch::fence_view_async_shared();

@@ -1,10 +1,12 @@
-// The consumer in e4m3: S = Q K^T, P = softmax(S), O += P V over a tile's key blocks, right to left.
+// The consumer in e4m3: S = Q K^T, P = softmax(S), O += P V over a tile's key blocks, right to
+// left.
 //
 // Hopper's FP8 products keep about 14 bits of their accumulator, too few to add thousands of keys.
 // So each block's P V has an accumulator T of its own, which O = alpha O + T takes in in float32,
 // with the multiplication that online softmax needs anyway. Where registers for T last beside the
 // next block's S, the next Q K^T is issued ahead of P V as in 16 bits (attend_overlapped); else P V
-// is computed in parts of head_dim_v, each folded in under the next one's product (attend_in_parts).
+// is computed in parts of head_dim_v, each folded in under the next one's product
+// (attend_in_parts).
 #pragma once
 
 #include "forward/fp8_load.cuh"
@@ -353,17 +355,17 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
 template <class Traits, class Output>
 CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStorage& shared,
                         TileSink<Traits> const& sink, BlockRange blocks, int first_row,
-                        int consumer, int thread,
-                        Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
-                        std::uint32_t q_phase, Fp8Softmax<Traits>& softmax, Output& rO) {
+                        int consumer, int thread, Ring<Traits::kStages>& k_ring,
+                        Ring<Traits::kStages>& v_ring, std::uint32_t q_phase,
+                        Fp8Softmax<Traits>& softmax, Output& rO) {
   const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
   const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
   const int row_end = min(first_row + kConsumerRows, params.mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
                                : plain_blocks(params.mask, first_row, row_end, Traits::kTileN);
-  Fp8Consumer<Traits> self{params, shared, k_ring, v_ring, {consumer}, {consumer}, softmax,
-                           sink,   row,    {},     1.0f,   nullptr};
+  Fp8Consumer<Traits> self{params,  shared, k_ring, v_ring, {consumer}, {consumer},
+                           softmax, sink,   row,    {},     1.0f,       nullptr};
   const TileMessage message = sink.tile(shared.barriers);
   const bool share = params.scales.k != nullptr && !scales_each_key(params);
   if (share) self.key_scales = key_scales(params, message);

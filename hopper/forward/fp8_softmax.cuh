@@ -9,11 +9,8 @@
 
 namespace hopper_attention {
 
-// How far, in base-2 exponents, scores may rise above the reference before it follows: P stays
-// within e4m3's 448. Where the row sum is of P as rounded (Traits::kOnes), a largest P that is not a
-// power of two costs nothing; elsewhere its rounding would, and the reference always follows.
 template <class Traits>
-inline constexpr float kSlack = Traits::kOnes ? 1.8f : 0.0f;
+inline constexpr float kSlack = Traits::kOnes ? kMaximumSlack : 0.0f;
 
 template <class Traits>
 struct Fp8Softmax {

@@ -27,12 +27,12 @@ struct Fp8Traits {
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
   static constexpr int kORounds = o_rounds(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
-  static constexpr int kSlab = slab_columns(kHeadDim, 1);     // of Q, K and rows of V
+  static constexpr int kSlab = slab_columns(kHeadDim, 1);  // of Q, K and rows of V
   static constexpr int kSlabO = slab_columns(kHeadDimV, 2);
   static constexpr int kParts = kConfig.v_parts;
   static constexpr int kOnesColumns = kOnes ? kOnesRows : 0;
   static constexpr int kPartColumns = kHeadDimV / kParts + kOnesColumns;  // of P V, ones included
-  static constexpr int kVRows = kHeadDimV + kOnesColumns;  // of V transposed
+  static constexpr int kVRows = kHeadDimV + kOnesColumns;                 // of V transposed
 
   using M = cute::Int<kConsumerRows>;
   using N = cute::Int<kTileN>;
@@ -40,10 +40,10 @@ struct Fp8Traits {
   using Dv = cute::Int<kHeadDimV>;
 
   template <int bytes>
-  using AtomK = cute::conditional_t<
-      bytes == 128, cute::GMMA::Layout_K_SW128_Atom<Element>,
-      cute::conditional_t<bytes == 64, cute::GMMA::Layout_K_SW64_Atom<Element>,
-                          cute::GMMA::Layout_K_SW32_Atom<Element>>>;
+  using AtomK =
+      cute::conditional_t<bytes == 128, cute::GMMA::Layout_K_SW128_Atom<Element>,
+                          cute::conditional_t<bytes == 64, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                                              cute::GMMA::Layout_K_SW32_Atom<Element>>>;
   using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D>{}));
   using LayoutK =
       decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<N, D, cute::Int<kStages>>{}));

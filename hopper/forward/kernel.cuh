@@ -63,8 +63,8 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
   if constexpr (Traits::kFp8) {
     constexpr int kColumns = Traits::kPartColumns * Traits::kParts;
     Fp8Softmax<Traits> softmax;
-    Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
-                                     Shape<typename Traits::M, Int<kColumns>>{});
+    Tensor rO =
+        partition_fragment_C(typename Traits::MmaPV{}, Shape<typename Traits::M, Int<kColumns>>{});
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
     const TileMessage done = sink.tile(shared.barriers);

@@ -151,26 +151,27 @@ Status check_forward_shape(const hopper_attention_forward_args& args) {
 }
 
 Status check_forward_tensors(const hopper_attention_forward_args& a) {
-  const TensorField tensors[] = {{"q",
-                                  a.q,
-                                  {{"batch", a.q_stride_batch, a.batch},
-                                   {"seq", a.q_stride_seq, a.seqlen_q},
-                                   {"head", a.q_stride_head, a.heads}}},
-                                 {"out",
-                                  a.out,
-                                  {{"batch", a.out_stride_batch, a.batch},
-                                   {"seq", a.out_stride_seq, a.seqlen_q},
-                                   {"head", a.out_stride_head, a.heads}}},
-                                 {"k",
-                                  a.k,
-                                  {{"batch", a.k_stride_batch, a.batch},
-                                   {"seq", a.k_stride_seq, a.seqlen_k},
-                                   {"head", a.k_stride_head, a.heads_kv}}},
-                                 {"v",
-                                  a.v,
-                                  {{"batch", a.v_stride_batch, a.batch},
-                                   {"seq", a.v_stride_seq, a.v_transposed ? a.head_dim_v : a.seqlen_k},
-                                   {"head", a.v_stride_head, a.heads_kv}}}};
+  const TensorField tensors[] = {
+      {"q",
+       a.q,
+       {{"batch", a.q_stride_batch, a.batch},
+        {"seq", a.q_stride_seq, a.seqlen_q},
+        {"head", a.q_stride_head, a.heads}}},
+      {"out",
+       a.out,
+       {{"batch", a.out_stride_batch, a.batch},
+        {"seq", a.out_stride_seq, a.seqlen_q},
+        {"head", a.out_stride_head, a.heads}}},
+      {"k",
+       a.k,
+       {{"batch", a.k_stride_batch, a.batch},
+        {"seq", a.k_stride_seq, a.seqlen_k},
+        {"head", a.k_stride_head, a.heads_kv}}},
+      {"v",
+       a.v,
+       {{"batch", a.v_stride_batch, a.batch},
+        {"seq", a.v_stride_seq, a.v_transposed ? a.head_dim_v : a.seqlen_k},
+        {"head", a.v_stride_head, a.heads_kv}}}};
   for (const TensorField& tensor : tensors) {
     const bool keys = tensor.name[0] == 'k' || tensor.name[0] == 'v';
     if (keys && a.seqlen_k == 0) continue;  // never read
@@ -189,8 +190,8 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
   // The kernel takes maxima of raw scores, so a scale that is not positive is applied before.
   const bool fp8 = args.dtype == HOPPER_ATTENTION_E4M3;
   const bool fast = args.accumulation == HOPPER_ATTENTION_ACCUMULATE_FAST;
-  const bool key_scales = (args.k_descale != nullptr && args.k_descale_tokens == 1) ||
-                          args.v_token_factor != nullptr;
+  const bool key_scales =
+      (args.k_descale != nullptr && args.k_descale_tokens == 1) || args.v_token_factor != nullptr;
   plan->transform_scores = args.softcap > 0.0f || args.softmax_scale <= 0.0f || key_scales;
   plan->scales = scale_params(args);
   plan->cap = args.softcap;
@@ -212,9 +213,8 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
     return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
                            std::to_string(plan->config.tile_m()) + " rows");
   }
-  const std::int64_t kv_bytes =
-      static_cast<std::int64_t>(args.seqlen_k) * (args.head_dim + args.head_dim_v) *
-      element_bytes(dtype);
+  const std::int64_t kv_bytes = static_cast<std::int64_t>(args.seqlen_k) *
+                                (args.head_dim + args.head_dim_v) * element_bytes(dtype);
   const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->config.tile_m(), !full,
                                 kv_bytes, heads_per_kv);

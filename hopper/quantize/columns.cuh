@@ -33,10 +33,10 @@ __device__ void measure_columns(const QuantizeParams& params, const Task& task, 
   }
 }
 
-// Multiplies v by its scales, which channels have or all share, and writes the descales once.
+// The scales of v, which channels have or all share, to shared memory; writes the descales once.
 template <class Shape>
-__device__ void scale_channels(const QuantizeTensor& v, const Task& task,
-                               float (&inverse)[Shape::kHeadDim], float (&x)[4][8]) {
+__device__ void find_channel_scales(const QuantizeTensor& v, const Task& task,
+                                    float (&inverse)[Shape::kHeadDim]) {
   if (const int channel = thread_idx(); channel < Shape::kHeadDim) {
     const bool own = v.scale == ScaleKind::kChannel;
     const std::int64_t at = own ? task.group(v) * v.head_dim + channel : task.group(v);
@@ -47,6 +47,10 @@ __device__ void scale_channels(const QuantizeTensor& v, const Task& task,
     if (exists && task.first == 0 && (own || channel == 0)) v.descale[at] = descale_of(amax);
   }
   __syncthreads();
+}
+
+template <class Shape>
+__device__ void scale_channels(const float (&inverse)[Shape::kHeadDim], float (&x)[4][8]) {
   const ColumnPlace<Shape> place;
 #pragma unroll
   for (int e = 0; e < 8; ++e) {
@@ -143,15 +147,20 @@ __device__ void store_transposed(const QuantizeTensor& v, const Task& task,
   }
 }
 
+// Elements are loaded after the divisions where that is possible, which need registers.
 template <class Shape>
 __device__ void quantize_columns(const QuantizeParams& params, const Task& task,
-                                 typename Shape::Shared& shared, float (&x)[4][8]) {
+                                 typename Shape::Shared& shared, int stage, float (&x)[4][8]) {
   const QuantizeTensor& v = params.tensors[kV];
-  largest_finite(x);
   if (v.scale == ScaleKind::kToken) {
+    load_columns<Shape>(shared.stages[stage], x);
+    largest_finite(x);
     scale_tokens<Shape>(params, task, shared.row_amax, x);
   } else {
-    scale_channels<Shape>(v, task, shared.inverse, x);
+    find_channel_scales<Shape>(v, task, shared.inverse);
+    load_columns<Shape>(shared.stages[stage], x);
+    largest_finite(x);
+    scale_channels<Shape>(shared.inverse, x);
   }
   if (params.v_transposed) {
     store_transposed<Shape>(v, task, shared.words, x);

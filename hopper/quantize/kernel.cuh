@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
     const Task& task = shared.tasks[stage][thread_idx() / 32];
     float x[4][8];
     if (task.which == kV) {
-      load_columns<Shape>(shared.stages[stage], x);
       if constexpr (kPass == QuantizePass::kStats) {
+        load_columns<Shape>(shared.stages[stage], x);
         measure_columns<Shape>(params, task, x);
       } else {
-        quantize_columns<Shape>(params, task, shared, x);
+        quantize_columns<Shape>(params, task, shared, stage, x);
       }
     } else {
       load_rows<Shape>(params, task, shared.stages[stage], shared.signs, x);

@@ -230,6 +230,14 @@ def kernel_tile(
         ValueError: no kernel holds them.
         RuntimeError: the kernels' tiles were not written when this was installed.
     """
+    row = kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=masked)
+    return row["tile_m"], row["tile_n"]
+
+
+def kernel_row(
+    dtype: torch.dtype | str, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
+) -> dict[str, Any]:
+    """The row of tiles.json that `kernel_tile` finds."""
     name, kind = str(dtype).removeprefix("torch."), "masked" if masked else "full"
     rows = [
         row
@@ -246,8 +254,8 @@ def kernel_tile(
         )
     row = min(rows, key=lambda row: (row["head_dim"], row["head_dim_v"]))
     if seqlen_k < row["min_keys"]:
-        return kernel_tile(dtype, head_dim, head_dim_v, seqlen_k, masked=True)
-    return row["tile_m"], row["tile_n"]
+        return kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=True)
+    return row
 
 
 def _attend(

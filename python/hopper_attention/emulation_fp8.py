@@ -8,11 +8,17 @@ the sum l and the unnormalised output O in float32. Q, K and V are e4m3 with sca
     m' = max(m, rowmax(X))
     alpha = exp2(m - m')
     P = exp2(X - m' + 8)                               up to 256, so that e4m3's range is used
-    l = alpha l + rowsum(P)                            P before it is rounded
     P' = round to e4m3(P v_token_factor)
+    l = alpha l + rowsum(P)                            in float32, P before it is rounded
     O = alpha O + P' v            accumulation "fp32": the tile's product from zero, then float32
     O = (alpha O) + P' v          accumulation "fast": the tensor core adds to O
     out = round(v_descale O / l), lse = ln(l) + (m - 8) ln(2)
+
+Kernels with a row of ones beside V's channels (`sums_by_ones` of tiles.json: accumulation "fp32"
+up to head_dim 128) differ in two things. Unless V's tokens have factors, l is one more column of O:
+the tensor core's sum of P'. And where a warp of 16 rows sees the whole of a tile, m follows only
+when the tile's maximum is more than `slack` above m in one of the rows; then all of them follow. So
+P may reach 2^(8 + slack), which e4m3 holds.
 
 The offset 8 and the fast accumulation are those of Shah et al., "FlashAttention-3"
 (arXiv:2407.08608); the float32 sum of short products is "DeepSeek-V3"'s (arXiv:2412.19437).
@@ -23,19 +29,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import checks
-from .emulation import Mask, kernel_tile, tile_steps
+from .emulation import Mask, kernel_row, tile_steps
 from .recipe import E4M3_MAX, QK_BLOCK_TOKENS, Fp8Recipe
 from .reference_quantizer import QuantizedParts, quantize
 from .tensor_core import FRACTION_BITS, multiply_accumulate
 from .v_layout import untranspose_v
-
-TILE = (128, 128)
-"""Query rows and keys of a block where the kernels' own are not known."""
 
 P_OFFSET = 8.0
 """P is multiplied by 2 to this power."""
@@ -43,6 +46,8 @@ P_OFFSET = 8.0
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
 _OUTPUTS = (torch.float16, torch.bfloat16)
+_WARP_ROWS = 16
+_CONSUMER_ROWS = 64  # a warpgroup's, which decide together whether a tile needs a mask
 
 
 def attention(
@@ -65,8 +70,7 @@ def attention(
             unbounded.
         softcap: where positive, scores become softcap * tanh(scores / softcap).
         out_dtype: torch.bfloat16 or torch.float16.
-        tile: (tile_m, tile_n), query rows and keys of a block; None is the kernel's own where the
-            installed kernels have one for e4m3, and `TILE` elsewhere.
+        tile: (tile_m, tile_n), query rows and keys of a block; None is the kernel's own.
         fraction_bits: what the tensor core keeps, see `tensor_core.multiply_accumulate`; None sums
             in float32, which is faster and shows what the tensor core's sum costs.
 
@@ -77,6 +81,7 @@ def attention(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
+        RuntimeError: the kernels' tiles were not written when this was installed.
     """
     x, recipe = quantized, quantized.recipe
     if out_dtype not in _OUTPUTS:
@@ -98,9 +103,14 @@ def attention(
             f"softcap is {softcap}: with smooth_k it must be 0, since a softcap sees K's mean"
         )
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
-    if tile is None:
-        masked = not mask.full or softcap > 0 or scale <= 0
-        tile = _kernel_tile(recipe, head_dim, head_dim_v, seqlen_k, masked)
+    transformed = softcap > 0 or scale <= 0 or "token" in (recipe.qk_scale, recipe.v_scale)
+    kernel = _Kernel.find(
+        recipe, max(head_dim, head_dim_v), seqlen_k, masked=transformed or not mask.full
+    )
+    if tile is not None:
+        kernel = replace(kernel, tile=tile)
+    if transformed:
+        kernel = replace(kernel, slack=0.0)  # every tile is treated as one with a mask
 
     q, k, v = (t.float().transpose(1, 2) for t in (x.q, x.k, v))  # (batch, heads, seq, dim)
     q_descale = _per_token(x.q_descale, seqlen_q)
@@ -122,7 +132,7 @@ def attention(
             scale=scale,
             softcap=softcap,
         )
-        total, row_sum, reference = _attend(head, mask, tile, recipe, fraction_bits)
+        total, row_sum, reference = _attend(head, mask, kernel, fraction_bits)
         empty = row_sum == 0
         inverse = row_sum.reciprocal().masked_fill_(empty, 0.0)
         of_head = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
@@ -191,38 +201,95 @@ class _Head:
         return scores * (factor * (self.scale * _LOG2_E))
 
 
+@dataclass(frozen=True)
+class _Kernel:
+    """What a kernel's config says about its arithmetic."""
+
+    tile: tuple[int, int]
+    fast: bool
+    ones: bool
+    slack: float  # 0: m always follows
+
+    @classmethod
+    def find(cls, recipe: Fp8Recipe, head_dim: int, seqlen_k: int, masked: bool) -> _Kernel:
+        """The kernel that runs a problem.
+
+        Args:
+            recipe: how Q, K and V were quantized.
+            head_dim: the larger of q's and v's: kernels have one for all.
+            seqlen_k: keys.
+            masked: whether there is a mask, a soft cap, a scale that is not positive, or a scale
+                of a single key.
+        """
+        fast = recipe.accumulation == "fast"
+        name = "float8_e4m3fn" + ("_fast" if fast else "")
+        # The kernels without a mask take V transposed; those that accumulate fast all have one.
+        general = masked or fast or not recipe.transpose_v
+        row = kernel_row(name, head_dim, head_dim, seqlen_k, masked=general)
+        ones = row["sums_by_ones"] and recipe.v_scale != "token"
+        return cls((row["tile_m"], row["tile_n"]), fast, ones, row["slack"])
+
+
 def _attend(
-    x: _Head, mask: Mask, tile: tuple[int, int], recipe: Fp8Recipe, fraction_bits: int | None
+    x: _Head, mask: Mask, kernel: _Kernel, fraction_bits: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """O, l and m; l and m have a trailing dimension of 1."""
     reference = torch.full((x.q.shape[0], 1), -torch.inf)
     row_sum = torch.zeros_like(reference)
-    total = torch.zeros(x.q.shape[0], x.v.shape[1])
-    fast = recipe.accumulation == "fast"
-    for row_range, key_range in tile_steps(mask, tile):
+    v = torch.cat([x.v, torch.ones(x.v.shape[0], 1)], 1) if kernel.ones else x.v
+    total = torch.zeros(x.q.shape[0], v.shape[1])
+    for row_range, key_range in tile_steps(mask, kernel.tile):
         rows = slice(row_range.start, row_range.stop)
         keys = slice(key_range.start, key_range.stop)
         scores = x.exponents(_product(x.q[rows], x.k[keys].T, None, fraction_bits), rows, keys)
         if mask.hides_some(row_range, key_range):
             scores.masked_fill_(mask.hidden(row_range, key_range), -torch.inf)
-        old = reference[rows]
-        new = torch.maximum(old, scores.amax(1, keepdim=True))
+        old, block_max = reference[rows], scores.amax(1, keepdim=True)
+        new = torch.maximum(old, block_max)
+        if kernel.slack > 0:
+            stays = _stays(old, block_max, mask, row_range, key_range, kernel)
+            new = torch.where(stays, old, new)
         # A row that has seen no key yet has only scores of -inf, whatever is subtracted.
         shift = new.masked_fill(new == -torch.inf, 0.0)
         alpha = torch.exp2(old - shift)
         probabilities = torch.exp2(scores - (shift - P_OFFSET))
-        row_sum[rows] = row_sum[rows] * alpha + probabilities.sum(1, keepdim=True)
+        if not kernel.ones:
+            row_sum[rows] = row_sum[rows] * alpha + probabilities.sum(1, keepdim=True)
         if x.v_factor is not None:
             probabilities = probabilities * x.v_factor[keys]
-        # Rounding X may lift P above 256 by a hair, and NaN stays NaN.
+        # Rounding X may lift P above its limit by a hair, and NaN stays NaN.
         rounded = probabilities.clamp_max(E4M3_MAX).to(torch.float8_e4m3fn).float()
-        if fast:
-            total[rows] = _product(rounded, x.v[keys], total[rows] * alpha, fraction_bits)
+        if kernel.fast:
+            total[rows] = _product(rounded, v[keys], total[rows] * alpha, fraction_bits)
         else:
-            product = _product(rounded, x.v[keys], None, fraction_bits)
+            product = _product(rounded, v[keys], None, fraction_bits)
             total[rows] = total[rows] * alpha + product
         reference[rows] = new
+    if kernel.ones:
+        return total[:, :-1], total[:, -1:], reference
     return total, row_sum, reference
+
+
+def _stays(
+    old: torch.Tensor,  # (rows, 1)
+    block_max: torch.Tensor,
+    mask: Mask,
+    rows: range,
+    keys: range,
+    kernel: _Kernel,
+) -> torch.Tensor:
+    """Which rows keep their reference though a tile's maximum may be larger: (rows, 1)."""
+    # The kernel compares scores as integers, whose order is right only from 0 on.
+    rises = block_max.clamp_min(0.0) - kernel.slack > old
+    padded = torch.zeros(-(-len(rows) // _WARP_ROWS) * _WARP_ROWS, dtype=torch.bool)
+    padded[: len(rows)] = rises[:, 0]
+    of_warp = padded.view(-1, _WARP_ROWS).any(1).repeat_interleave(_WARP_ROWS)[: len(rows)]
+    plain = []
+    for first in range(rows.start, rows.stop, _CONSUMER_ROWS):
+        consumer = range(first, min(first + _CONSUMER_ROWS, rows.stop))
+        plain.append(len(keys) == kernel.tile[1] and not mask.hides_some(consumer, keys))
+    of_consumer = torch.tensor(plain).repeat_interleave(_CONSUMER_ROWS)[: len(rows)]
+    return (of_consumer & ~of_warp)[:, None]
 
 
 _Result = tuple[torch.Tensor, torch.Tensor]
@@ -276,16 +343,3 @@ def _per_token(descale: torch.Tensor, seqlen: int) -> torch.Tensor:
     if n == 1:
         return descale.expand(*descale.shape[:2], seqlen)
     return descale.repeat_interleave(QK_BLOCK_TOKENS, 2)[..., :seqlen]
-
-
-def _kernel_tile(
-    recipe: Fp8Recipe, head_dim: int, head_dim_v: int, seqlen_k: int, masked: bool
-) -> tuple[int, int]:
-    name = "float8_e4m3fn" + ("_fast" if recipe.accumulation == "fast" else "")
-    # The kernels without a mask take V transposed, and no scale of a single key.
-    general = masked or not recipe.transpose_v or "token" in (recipe.qk_scale, recipe.v_scale)
-    widest = max(head_dim, head_dim_v)  # they have one head dimension for Q, K and V
-    try:
-        return kernel_tile(name, widest, widest, seqlen_k, masked=general)
-    except (ValueError, RuntimeError):
-        return TILE

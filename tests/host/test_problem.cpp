@@ -44,7 +44,7 @@ void refuses(const char* text, hopper_attention_status code, Change change) {
 
 void shapes_are_refused_by_name_and_value() {
   const auto invalid = HOPPER_ATTENTION_INVALID_ARGUMENT;
-  refuses("dtype is 2", invalid, [](Args& a) { a.dtype = 2; });
+  refuses("dtype is 3", invalid, [](Args& a) { a.dtype = 3; });
   refuses("dtype is -1", invalid, [](Args& a) { a.dtype = -1; });
   refuses("batch is -3", invalid, [](Args& a) { a.batch = -3; });
   refuses("seqlen_q is -1", invalid, [](Args& a) { a.seqlen_q = -1; });

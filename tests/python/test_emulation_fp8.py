@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from hopper_attention import reference
+from hopper_attention import emulation, emulation_fp8, reference
 from hopper_attention.emulation_fp8 import attention, attention_from_16_bits
 from hopper_attention.recipe import Fp8Recipe
 from hopper_attention.reference_quantizer import quantize
@@ -147,22 +147,115 @@ def test_nan_stays_in_its_head():
     assert torch.equal(out[1, :, 2:], clean[1, :, 2:])
 
 
-def test_probabilities_are_rounded_to_e4m3_and_their_sum_is_not():
-    # Two keys with weights w and 1 - w; V tells them apart.
-    k = torch.zeros(1, 2, 1, 16)
-    k[0, 0, 0, 0], k[0, 1, 0, 0] = 448.0, 256.0
-    q = torch.zeros(1, 1, 1, 16)
-    q[..., 0] = 448.0
-    v = torch.tensor([1.0, 0.0]).view(1, 2, 1, 1).expand(1, 2, 1, 16)
-    parts = quantize(q, k, v.contiguous(), Fp8Recipe("tensor", "tensor", hadamard=False))
-    scale = -0.3 / (448.0 * 192.0)  # the key that V forgets has the larger weight
+def first_channel(values, head_dim):
+    """(1, len(values), 1, head_dim) with values in channel 0."""
+    x = torch.zeros(1, len(values), 1, head_dim)
+    x[0, :, 0, 0] = torch.tensor(values)
+    return x
+
+
+@pytest.mark.parametrize(
+    "head_dim, recipe, sum_is_rounded",
+    [
+        (16, PER_TENSOR, True),
+        (128, PER_TENSOR, True),
+        (136, PER_TENSOR, False),  # P V in parts: no room for a row of ones
+        (256, PER_TENSOR, False),
+        (16, dataclasses.replace(PER_TENSOR, accumulation="fast"), False),
+        (16, dataclasses.replace(PER_TENSOR, v_scale="token"), False),
+    ],
+)
+def test_probabilities_are_rounded_to_e4m3_and_so_is_their_sum_by_ones(
+    head_dim, recipe, sum_is_rounded
+):
+    # Two keys with weights w and 1; V has the first alone.
+    parts = quantize(
+        first_channel([448.0], head_dim),
+        first_channel([448.0, 256.0], head_dim),
+        first_channel([1.0, 0.0], head_dim),
+        recipe,
+    )
+    scale = -0.3 / (448.0 * 192.0)
     out, lse = attention(parts, softmax_scale=scale, out_dtype=torch.float16)
     weight = math.exp(-0.3)
     rounded = torch.tensor(256 * weight).to(torch.float8_e4m3fn).item() / 256
     assert abs(rounded - weight) > 5e-3
-    assert out[0, 0, 0, 0].item() == pytest.approx(rounded / (1 + weight), rel=2e-3)
+    in_sum = rounded if sum_is_rounded else weight
+    assert out[0, 0, 0, 0].item() == pytest.approx(rounded / (1 + in_sum), rel=2e-3)
     larger = 448.0 * 256.0 * scale
-    assert lse.item() == pytest.approx(larger + math.log(1 + weight), rel=1e-5)
+    assert lse.item() == pytest.approx(larger + math.log(1 + in_sum), rel=1e-5)
+
+
+def two_blocks(rise, rows=40, seqlen_k=256, head_dim=16, **options):
+    """Row 0 has scores of `rise` in base 2 in the tile visited last, all others have 0."""
+    k = torch.zeros(1, seqlen_k, 1, head_dim)
+    k[0, :128, 0, 0] = 1.0
+    q = torch.zeros(1, rows, 1, head_dim)
+    q[0, 0, 0, 0] = 1.0
+    v = torch.ones(1, seqlen_k, 1, head_dim)
+    recipe = dataclasses.replace(PER_TENSOR, **options)
+    return quantize(q, k, v, recipe), rise * math.log(2.0)
+
+
+@pytest.mark.parametrize(
+    "rise, change, follows",
+    [
+        (0.79, {}, False),
+        (0.81, {}, True),
+        (0.79, {"head_dim": 192}, True),
+        (0.79, {"accumulation": "fast"}, True),
+        (0.79, {"v_scale": "token"}, True),
+        (0.79, {"qk_scale": "token"}, True),
+        (0.79, {"seqlen_k": 128 + 5}, False),  # the first tile is the short one
+    ],
+    ids=str,
+)
+def test_the_reference_follows_a_maximum_that_rises_enough(monkeypatch, rise, change, follows):
+    seen = record_references(monkeypatch)
+    parts, scale = two_blocks(rise, **change)
+    attention(parts, softmax_scale=scale)
+    (reference,) = seen
+    assert reference[0].item() == pytest.approx(rise if follows else 0.0, abs=1e-5)
+    assert (reference[1:] == 0).all()
+
+
+def record_references(monkeypatch):
+    """The references m after each head, (rows, 1)."""
+    seen = []
+    attend = emulation_fp8._attend
+
+    def spy(*args):
+        result = attend(*args)
+        seen.append(result[2])
+        return result
+
+    monkeypatch.setattr(emulation_fp8, "_attend", spy)
+    return seen
+
+
+def test_all_rows_of_a_warp_follow_when_one_rises(monkeypatch):
+    seen = record_references(monkeypatch)
+    q, k, v = torch.zeros(1, 100, 1, 16), torch.zeros(1, 256, 1, 16), torch.ones(1, 256, 1, 16)
+    k[0, :128, 0, 0] = 1.0
+    q[0, :, 0, 0] = 0.5
+    q[0, 37, 0, 0] = 1.0  # of the third warp
+    attention(quantize(q, k, v, PER_TENSOR), softmax_scale=math.log(2.0))
+    (reference,) = seen
+    expected = torch.zeros(100)
+    expected[32:48] = 0.5
+    expected[37] = 1.0
+    torch.testing.assert_close(reference[:, 0], expected)
+
+
+def test_the_reference_always_follows_in_tiles_with_a_mask(monkeypatch):
+    seen = record_references(monkeypatch)
+    q, k, v = torch.zeros(1, 256, 1, 16), torch.zeros(1, 256, 1, 16), torch.ones(1, 256, 1, 16)
+    k[0, :128, 0, 0], q[0, :, 0, 0] = 0.5, 1.0
+    attention(quantize(q, k, v, PER_TENSOR), softmax_scale=math.log(2.0), causal=True)
+    (reference,) = seen
+    # Rows 0 to 127 see keys 0 to 127 in part, the later ones all of them after a tile of zeros.
+    expected = torch.tensor([0.5, 0.0]).repeat_interleave(128)
+    torch.testing.assert_close(reference[:, 0], expected)
 
 
 @pytest.mark.parametrize("seqlen", [127, 129, 300])
@@ -171,7 +264,8 @@ def test_tiles_of_keys_change_only_the_rounding(seqlen):
     one, lse_one = attention(parts, tile=(64, 96))
     two, lse_two = attention(parts, tile=(128, 128))
     torch.testing.assert_close(one.float(), two.float(), rtol=0, atol=0.03)
-    torch.testing.assert_close(lse_one, lse_two, rtol=0, atol=1e-4)
+    # The sums are of P as rounded, and a tile's P are relative to the reference of its time.
+    torch.testing.assert_close(lse_one, lse_two, rtol=0, atol=1e-2)
 
 
 @pytest.mark.slow
@@ -291,35 +385,48 @@ def test_tensors_of_other_dtypes_are_refused():
     assert dataclasses.is_dataclass(parts.recipe)
 
 
-def test_tiles_are_those_of_the_kernel_that_would_run(monkeypatch):
-    from hopper_attention import emulation, emulation_fp8
-
-    def row(dtype, mask, tile_n, head_dim=64):
-        dims = {"head_dim": head_dim, "head_dim_v": head_dim}
+def test_the_kernel_is_the_one_that_would_run(monkeypatch):
+    def row(dtype, mask, tile_n, head_dim=64, ones=False):
         return {
             "dtype": dtype,
             "mask": mask,
-            **dims,
+            "head_dim": head_dim,
+            "head_dim_v": head_dim,
             "tile_m": 128,
             "tile_n": tile_n,
             "min_keys": 0,
+            "sums_by_ones": ones,
+            "slack": 0.5 if ones else 0.0,
         }
 
     rows = [
-        row("float8_e4m3fn", "full", 96),
-        row("float8_e4m3fn", "masked", 80),
-        row("float8_e4m3fn_fast", "full", 128),
+        row("float8_e4m3fn", "full", 96, ones=True),
+        row("float8_e4m3fn", "masked", 80, ones=True),
+        row("float8_e4m3fn_fast", "masked", 128),
         row("float8_e4m3fn", "full", 64, head_dim=128),
     ]
     monkeypatch.setattr(emulation, "_tiles", lambda: rows)
 
-    def tile(recipe, head_dim=32, head_dim_v=32, masked=False):
-        return emulation_fp8._kernel_tile(recipe, head_dim, head_dim_v, 1000, masked)[1]
+    def kernel(recipe, head_dim=32, masked=False):
+        found = emulation_fp8._Kernel.find(recipe, head_dim, 1000, masked)
+        return found.tile[1], found.fast, found.ones, found.slack
 
-    assert tile(Fp8Recipe()) == 96
-    assert tile(Fp8Recipe(), masked=True) == 80
-    assert tile(Fp8Recipe("token")) == tile(Fp8Recipe(v_scale="token")) == 80
-    assert tile(Fp8Recipe(transpose_v=False)) == 80
-    assert tile(FAST) == 128
-    assert tile(Fp8Recipe(), head_dim_v=100) == 64
-    assert tile(Fp8Recipe(), head_dim=200) == emulation_fp8.TILE[1]
+    assert kernel(Fp8Recipe()) == (96, False, True, 0.5)
+    assert kernel(Fp8Recipe(), masked=True) == (80, False, True, 0.5)
+    assert kernel(Fp8Recipe(v_scale="token"), masked=True) == (80, False, False, 0.5)
+    assert kernel(Fp8Recipe(transpose_v=False)) == (80, False, True, 0.5)
+    assert kernel(FAST) == (128, True, False, 0.0)
+    assert kernel(Fp8Recipe(), head_dim=100) == (64, False, False, 0.0)
+    with pytest.raises(ValueError, match="no kernel"):
+        kernel(Fp8Recipe(), head_dim=200)
+
+
+def test_the_tiles_of_the_kernels_say_where_ones_are():
+    for row in emulation._tiles():
+        ones = row["dtype"] == "float8_e4m3fn" and row["head_dim"] <= 128
+        assert (row["sums_by_ones"], row["v_parts"] == 1, row["slack"] > 0) == (
+            ones,
+            ones or row["dtype"] != "float8_e4m3fn",
+            ones,
+        )
+        assert 2 ** (8 + row["slack"]) <= 448

@@ -42,10 +42,15 @@ class Bound:
     Attributes:
         run: Makes the call; returns what the implementation returns for the output.
         to_bshd: Views that output as (batch, seqlen_q, heads, head_dim_v).
+        stands_for: Where the call is of e4m3 tensors, what q, k and v they stand for: the output is
+            held against attention of these. None: against that of the tensors given to `bind`.
+        out_dtype: What the output is rounded to; None is its dtype.
     """
 
     run: Callable[[], Tensor]
     to_bshd: Callable[[Tensor], Tensor]
+    stands_for: Callable[[], tuple[Tensor, Tensor, Tensor]] | None = None
+    out_dtype: torch.dtype | None = None
 
 
 class Contestant(Protocol):
@@ -187,28 +192,48 @@ def load_fa3(peers_dir: Path | None = None) -> str:
     Raises:
         UnavailableError: There is none, or it does not load.
     """
-    if peers_dir is not None:
-        library = peers_dir / "fa3.so"
-    elif FA3_VARIABLE in os.environ:
-        library = Path(os.environ[FA3_VARIABLE])
-    else:
+    if peers_dir is None and FA3_VARIABLE not in os.environ:
         try:
             importlib.import_module("flash_attn_3._C")
         except ImportError as error:
             raise UnavailableError(f"not installed ({error}): {_FA3_HELP}") from error
         return "flash_attn_3"
+    return load_library(peers_dir, "fa3.so", FA3_VARIABLE, "flash_attn_3", _FA3_HELP)
+
+
+def load_library(
+    peers_dir: Path | None, file: str, variable: str, namespace: str, help_text: str
+) -> str:
+    """Loads a library of operators, one of which is ``fwd``.
+
+    Args:
+        peers_dir: Folder of the peers' files, or None.
+        file: The library's name there.
+        variable: The environment variable that names the file where there is no such folder.
+        namespace: What its operators are under in ``torch.ops``.
+        help_text: Where to get it.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        UnavailableError: There is none, or it does not load.
+    """
+    if peers_dir is None and variable not in os.environ:
+        raise UnavailableError(f"not found: {help_text}")
+    library = Path(os.environ[variable]) if peers_dir is None else peers_dir / file
     library = library.expanduser().resolve()
     if not library.is_file():
         packed = library.with_name(library.name + ".xz")
-        hint = f"unpack it: xz -dk {packed}" if packed.is_file() else _FA3_HELP
+        hint = f"unpack it: xz -dk {packed}" if packed.is_file() else help_text
         raise UnavailableError(f"{library} is missing: {hint}")
     try:
         runtime = library.with_name("libcudart.so.12")
         if runtime.is_file():
             ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
         torch.ops.load_library(str(library))
-        if not hasattr(torch.ops.flash_attn_3, "fwd"):
-            raise UnavailableError(f"{library} does not define torch.ops.flash_attn_3.fwd")
+        if not hasattr(getattr(torch.ops, namespace), "fwd"):
+            raise UnavailableError(f"{library} does not define torch.ops.{namespace}.fwd")
     except OSError as error:
         raise UnavailableError(f"{library} does not load: {error}") from error
     return str(library)

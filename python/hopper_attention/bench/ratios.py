@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.records import Record, key_of, shape_of
-from hopper_attention.bench.shapes import Shape
+from hopper_attention.bench.shapes import FP8, FP8_SUITES, Shape
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def compare_records(
     for record in records:
         if record["suite"] != suite or record.get(field) is None:
             continue
+        if suite in FP8_SUITES:  # where some compute in 16 bits, to be compared with
+            record = {**record, "dtype": FP8}
         same_shape = key_of({**record, "impl": ""})
         runs = groups.setdefault(same_shape, {})
         run = str(record.get("run", ""))

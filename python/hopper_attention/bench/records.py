@@ -26,7 +26,7 @@ SHAPE_FIELDS = (
     "layout",
 )
 # What was measured, and when: all other fields say what was run.
-MEASURED = ("ms", "tflops", "gbps", "host_us", "rmse", "run")
+MEASURED = ("ms", "tflops", "gbps", "host_us", "rmse", "bias", "run")
 
 
 def make_record(suite: str, impl: str, shape: Shape, run: str, **measured: Any) -> Record:
@@ -38,8 +38,9 @@ def make_record(suite: str, impl: str, shape: Shape, run: str, **measured: Any) 
         shape: The problem.
         run: When the run began. Only records of one run are compared with each other, since a
             card's speed changes with its temperature.
-        **measured: ``ms``, ``tflops``, ``gbps``, ``host_us``, ``rmse``; also what tells this record
-            from another of the same shape, such as ``distribution``.
+        **measured: ``ms``, ``tflops``, ``gbps``, ``host_us``, ``rmse``,
+            ``bias``; also what tells this record from another of the same shape, such as
+            ``distribution``, ``recipe`` or ``part``.
     """
     fields = {name: getattr(shape, name) for name in SHAPE_FIELDS}
     fields["window"] = list(shape.window)
@@ -149,6 +150,8 @@ def _order(record: Record) -> tuple[Any, ...]:
         record["seqlen_q"],
         record["batch"],
         record["heads_kv"],
+        record.get("part", ""),
         record.get("distribution", ""),
+        record.get("recipe", ""),
         record["impl"],
     )

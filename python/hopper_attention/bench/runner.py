@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -63,10 +64,10 @@ def make_inputs(shape: Shape, device: str, seed: int = 0) -> tuple[Tensor, Tenso
     """Draws q, k and v from N(0, 1).
 
     Returns:
-        (batch, seqlen, heads, head_dim) tensors in the shape's dtype, contiguous.
+        (batch, seqlen, heads, head_dim) tensors in the shape's `input_dtype`, contiguous.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
-    dtype = getattr(torch, shape.dtype)
+    dtype = getattr(torch, shape.input_dtype)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, device=device, dtype=dtype, generator=generator)
@@ -167,13 +168,21 @@ def _run_shape(
     runs = {name: bound.run for name, bound in ready.items()}
     medians = round_robin(runs, reps, clock, contexts)
     for name, ms in medians.items():
+        of = shape if ready[name].stands_for else replace(shape, dtype=shape.input_dtype)
         measured: dict[str, float] = {"ms": _rounded(ms)}
         if suite == "host":
             measured["host_us"] = _rounded(ms * 1e3)
         else:
             measured["tflops"] = _rounded(shape.flops() / ms * 1e-9)
         measured["rmse"] = _rounded(errors[name].rmse)
-        outcome.records.append(make_record(suite, name, shape, run, **measured))
+        outcome.records.append(make_record(suite, name, of, run, **measured))
+
+
+def expect_fp8(shape: Shape, bound: Bound, out: Tensor) -> accuracy.Expected:
+    """What the output of a call of e4m3 tensors should be; see `accuracy.expect`."""
+    assert bound.stands_for is not None
+    usual = partial(accuracy.standard_fp8, out_dtype=bound.out_dtype or out.dtype)
+    return accuracy.expect(shape, *bound.stands_for(), usual=usual)
 
 
 def _rounded(value: float) -> float:
@@ -195,6 +204,8 @@ def _check(
             with contestant.context():
                 warm_up(bound.run, clock)
                 out = bound.to_bshd(bound.run())
+            if bound.stands_for is not None:
+                expected = expect_fp8(shape, bound, out)
             errors = accuracy.compare(out, expected)
             clock.synchronize()
         except UnavailableError:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from hopper_attention.bench import machine, records, sources
-from hopper_attention.bench.accuracy import SAMPLE_NOTE
+from hopper_attention.bench.accuracy import FP8_NOTE, SAMPLE_NOTE
 from hopper_attention.bench.contestants import Contestant
+from hopper_attention.bench.fp8_accuracy import run_fp8_accuracy
+from hopper_attention.bench.quantizer import run_quantize
 from hopper_attention.bench.rmse import run_rmse
 from hopper_attention.bench.runner import Outcome, Progress, run_timed
 from hopper_attention.bench.shapes import Shape
@@ -19,7 +21,10 @@ NOTES = [
     "ms: median device time of a call; suite host: of the host's time a call (host_us)",
     "tflops: 2 b h (head_dim + head_dim_v) s_q s_k / time, half of it with a causal mask, the "
     "visible pairs alone with a window",
+    "gbps: suite quantize: each 16-bit input read once and each e4m3 output written once, over the "
+    "time; copy: a device copy that reads and writes as many bytes",
     SAMPLE_NOTE,
+    FP8_NOTE,
     "run: when the run began; only records of one run are compared, for cards slow down as they "
     "warm up",
 ]
@@ -30,12 +35,13 @@ class Session:
     """A run over several suites.
 
     Attributes:
-        contestants: Who takes part.
+        contestants: Who takes part in the suites of 16 bits.
         plan: The suites with their shapes.
         reps: Timed calls of each contestant on each shape, at least.
         json_file: Where results go, or None.
         device: Where the tensors live.
         clock: What measures instead of each suite's own clock; for tests.
+        fp8: Who takes part in those of e4m3.
         header: The machine and the sources, as result files have them.
         outcome: What was measured so far.
         ceilings: The card's own limits; None leaves them unmeasured.
@@ -48,6 +54,7 @@ class Session:
     json_file: Path | None = None
     device: str = "cuda"
     clock: Clock | None = None
+    fp8: Sequence[Contestant] = ()
     header: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
     ceilings: Ceilings | None = None
@@ -101,8 +108,13 @@ class Session:
         }
         if suite == "rmse":
             run_rmse(shapes, self.contestants, self.outcome, **common)
+        elif suite == "quantize":
+            run_quantize(shapes, self.outcome, reps=self.reps, **common)
+        elif suite == "fp8-accuracy":
+            run_fp8_accuracy(shapes, self.fp8, self.outcome, **common)
         else:
-            run_timed(suite, shapes, self.contestants, self.outcome, reps=self.reps, **common)
+            contestants = self.fp8 if suite == "fp8" else self.contestants
+            run_timed(suite, shapes, contestants, self.outcome, reps=self.reps, **common)
 
     def _measure_ceilings(self, progress: Progress) -> None:
         progress("the card's ceilings")

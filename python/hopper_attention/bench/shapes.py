@@ -8,10 +8,13 @@ TOKENS = 16_384  # batch x length of every shape of the forward suite
 HIDDEN_SIZE = 2_048  # heads x head_dim of the forward suite
 LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 16_384)
 HEAD_DIMS = (64, 128, 256)
+UNIFORM_QUERIES = 128  # of uniform attention, whose rows are all alike
 
-SUITES = ("forward", "forward-shapes", "host", "rmse")
+SUITES = ("forward", "forward-shapes", "host", "rmse", "fp8", "quantize", "fp8-accuracy")
+FP8_SUITES = SUITES[4:]
+FP8 = "float8_e4m3fn"
 
-_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16"}
+_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", FP8: "e4m3"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,9 @@ class Shape:
     """One attention problem.
 
     Attributes:
-        dtype: Name of the torch dtype of q, k, v and the output, "bfloat16" or "float16".
+        dtype: Name of the torch dtype of q, k, v and the output, "bfloat16" or "float16"; or of q,
+            k and v alone, "float8_e4m3fn", where they are made from bfloat16 and the output is
+            bfloat16.
         head_dim: Columns of q and k.
         head_dim_v: Columns of v and the output.
         batch: Sequences.
@@ -58,6 +63,11 @@ class Shape:
             heads += f"/{self.heads_kv}"
         parts = [short_dtype(self.dtype), dims, self.mask, f"b{self.batch}", lengths, heads]
         return " ".join(parts)
+
+    @property
+    def input_dtype(self) -> str:
+        """Name of the dtype of the tensors that are drawn."""
+        return "bfloat16" if self.dtype == FP8 else self.dtype
 
     @property
     def mask(self) -> str:
@@ -168,6 +178,31 @@ def _rmse(quick: bool) -> list[Shape]:
     return [replace(bf16, dtype="float16"), bf16]
 
 
+def _fp8(quick: bool) -> list[Shape]:
+    return [replace(shape, dtype=FP8) for shape in _forward(quick)]
+
+
+def _quantize(quick: bool) -> list[Shape]:
+    lengths = (4_096, 16_384) if quick else (1_024, 2_048, 4_096, 8_192, 16_384)
+    ends = [square(128, causal, length, FP8) for causal in (False, True) for length in lengths]
+    return [square(64, False, TOKENS, FP8), square(256, False, TOKENS, FP8), *ends]
+
+
+def _fp8_accuracy(quick: bool) -> list[Shape]:
+    large = Shape(FP8, 128, 128, 2, 4_096, 4_096, 16, 16, False)
+    if quick:
+        large = replace(large, batch=1, heads=4, heads_kv=4)
+    longest = 16 if quick else 19
+    contexts = [1 << log2 for log2 in range(12, longest + 1)]
+    uniform = [
+        Shape(FP8, d, d, 1, UNIFORM_QUERIES, keys, 1, 1, False)
+        for d in HEAD_DIMS
+        for keys in contexts
+    ]
+    emulated = replace(large, batch=1, seqlen_q=512, seqlen_k=512, heads=4, heads_kv=4)
+    return [large, emulated, *uniform]
+
+
 def suite_shapes(suite: str, quick: bool = False) -> list[Shape]:
     """Lists a suite's problems.
 
@@ -183,6 +218,9 @@ def suite_shapes(suite: str, quick: bool = False) -> list[Shape]:
         "forward-shapes": _forward_shapes,
         "host": _host,
         "rmse": _rmse,
+        "fp8": _fp8,
+        "quantize": _quantize,
+        "fp8-accuracy": _fp8_accuracy,
     }
     if suite not in makers:
         raise ValueError(f"suite is {suite!r}; allowed are {', '.join(SUITES)}")

@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _SUITES_HELP = (
-    "What to measure: forward, forward-shapes, host, rmse, or all. forward: bf16, d 64, 128, 256, "
-    "16,384 tokens; forward-shapes: other head dims, GQA, windows, fp16; host: the host's time a "
-    "call; rmse: errors of whole outputs."
+    "What to measure: forward, forward-shapes, host, rmse, fp8, quantize, fp8-accuracy, or all. "
+    "forward: bf16, d 64, 128, 256, 16,384 tokens; forward-shapes: other head dims, GQA, windows, "
+    "fp16; host: the host's time a call; rmse: errors of whole outputs; fp8: forward's shapes in "
+    "e4m3; quantize: the quantizer alone and with attention; fp8-accuracy: errors by recipe and by "
+    "context."
 )
 
 
@@ -23,7 +25,9 @@ def bench(
     peers: Annotated[bool, typer.Option(help="Time the peers, too.")] = True,
     peers_dir: Annotated[
         Path | None,
-        typer.Option(help="Folder with fa3.so (and libcudart.so.12, where it needs that)."),
+        typer.Option(
+            help="Folder with fa3.so and fa3_fp8.so (and libcudart.so.12, where they need that)."
+        ),
     ] = None,
     only: Annotated[
         str | None,
@@ -51,6 +55,8 @@ def bench(
     ] = None,
 ) -> None:
     """Times hopper_attention against FlashAttention-3, cuDNN and FlashAttention-2.
+
+    In FP8 against cuDNN (the package nvidia-cudnn-frontend) and vLLM's FlashAttention-3.
 
     Contestants take turns on each shape; their outputs are checked against float64 in the same run.
     The exit code is 1 when our own kernels did not run or were wrong anywhere.
@@ -103,7 +109,7 @@ def _measure(
 ) -> int:
     import torch
 
-    from hopper_attention.bench import contestants, runner, session, shapes, table
+    from hopper_attention.bench import contestants, fp8, runner, session, shapes, table
 
     try:
         plan = [(name, runner.select(shapes.suite_shapes(name, quick), only)) for name in names]
@@ -119,10 +125,17 @@ def _measure(
             soft_wrap=True,
         )
         return 1
-    found, missing = contestants.gather(peers, peers_dir)
+    found: list[contestants.Contestant] = []
+    found_fp8: list[contestants.Contestant] = []
+    missing: dict[str, str] = {}
+    if any(name not in shapes.FP8_SUITES for name, _ in plan):
+        found, missing = contestants.gather(peers, peers_dir)
+    if any(name in shapes.FP8_SUITES for name, _ in plan):
+        found_fp8, missing_fp8 = fp8.gather_fp8(peers, peers_dir)
+        missing = {**missing_fp8, **missing}
     for name, reason in missing.items():
         console.print(f"{name} takes no part: {escape(reason)}", soft_wrap=True)
-    if not found:
+    if not found and not found_fp8:
         console.print("nothing can be timed", soft_wrap=True)
         return 1
     stale = session.stale_sources()
@@ -132,6 +145,7 @@ def _measure(
         work = session.start(found, plan, reps, json_file)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from error
+    work.fp8 = found_fp8
     lost = _run(console, work)
     document = work.document()
     table.print_results(console, work.outcome.records)
