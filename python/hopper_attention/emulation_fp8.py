@@ -12,16 +12,16 @@ the sum l and the unnormalised output O in float32. Q, K and V are e4m3 with sca
     l = alpha l + rowsum(P)                            in float32, P before it is rounded
     O = alpha O + P' v            accumulation "fp32": the tile's product from zero, then float32
     O = (alpha O) + P' v          accumulation "fast": the tensor core adds to O
-    out = round(v_descale O / l), lse = ln(l) + (m - 8) ln(2)
+    out = round(v_descale O / l), lse = ln(l) + (m - 7) ln(2)
 
 Kernels with a row of ones beside V's channels (`sums_by_ones` of tiles.json: accumulation "fp32"
 up to head_dim 128) differ in two things. Unless V's tokens have factors, l is one more column of O:
 the tensor core's sum of P'. And where a warp of 16 rows sees the whole of a tile, m follows only
 when the tile's maximum is more than `slack` above m in one of the rows; then all of them follow. So
-P may reach 2^(8 + slack), which e4m3 holds.
+P may reach 2^(7 + slack), which e4m3 holds.
 
-The offset 8 and the fast accumulation are those of Shah et al., "FlashAttention-3"
-(arXiv:2407.08608); the float32 sum of short products is "DeepSeek-V3"'s (arXiv:2412.19437).
+The offset (7, where the paper has 8) and the fast accumulation are those of Shah et al.,
+"FlashAttention-3" (arXiv:2407.08608); the float32 sum of short products is "DeepSeek-V3"'s (arXiv:2412.19437).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .reference_quantizer import QuantizedParts, quantize
 from .tensor_core import FRACTION_BITS, multiply_accumulate
 from .v_layout import untranspose_v
 
-P_OFFSET = 8.0
+P_OFFSET = 7.0
 """P is multiplied by 2 to this power."""
 
 _LOG2_E = math.log2(math.e)
