@@ -130,7 +130,10 @@ def test_stored_results_are_shown_without_a_card(stored, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([], "name a suite: forward, forward-shapes, host, rmse or all"),
+        (
+            [],
+            "name a suite: forward, forward-shapes, host, rmse, fp8, quantize, fp8-accuracy or all",
+        ),
         (["backward"], "unknown suite 'backward'"),
         (["forward", "--only", "d512"], "'d512' matches no shape"),
         (["forward", "--only", "("], "no regular expression"),

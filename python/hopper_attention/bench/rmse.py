@@ -43,7 +43,7 @@ def draw(shape: Shape, distribution: str, device: str) -> tuple[Tensor, Tensor, 
         head_dim=shape.head_dim,
         seed=0,
     )
-    inputs = inputs.to(torch.device(device)).to(getattr(torch, shape.dtype))
+    inputs = inputs.to(torch.device(device)).to(getattr(torch, shape.input_dtype))
     return inputs.query, inputs.key, inputs.value
 
 

@@ -8,11 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from hopper_attention.bench import fp8_table
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import Comparison, compare_records, summary
 from hopper_attention.bench.records import Record
 from hopper_attention.bench.rmse import STANDARD
-from hopper_attention.bench.shapes import short_dtype
+from hopper_attention.bench.shapes import FP8_SUITES, short_dtype
 
 _MISSING = "-"
 _PLAIN_WIDTH = 100
@@ -33,9 +34,13 @@ def print_results(console: Console, records: Sequence[Record]) -> None:
         if suite == "rmse":
             console.print(_rmse_table(console, [r for r in records if r["suite"] == suite]))
             continue
+        if suite in FP8_SUITES:
+            _print_fp8(console, suite, records)
+            continue
         comparisons = compare_records(records, suite)
         if suite == "forward":
-            console.print(_grid_table(console, comparisons))
+            ratios = (("ours / best peer", lambda one: one.ratio),)
+            console.print(_grid_table(console, "forward, bf16, TFLOP/s", comparisons, ratios))
         else:
             console.print(_list_table(console, suite, comparisons))
         console.print(summary_line(suite, comparisons), soft_wrap=True, markup=False)
@@ -76,10 +81,101 @@ def _implementations(comparisons: Sequence[Comparison]) -> list[str]:
     return known + sorted(present.difference(known))
 
 
-def _grid_table(console: Console, comparisons: Sequence[Comparison]) -> Table:
-    """TFLOP/s by sequence length, with a row of ratios for each head dimension and mask."""
+def _print_fp8(console: Console, suite: str, records: Sequence[Record]) -> None:
+    """Prints the tables of a suite of e4m3, and the lines that sum it up."""
+    if suite == "fp8":
+        comparisons = fp8_table.compare_fp8(records)
+        title = "fp8, TFLOP/s; fa3 in bf16"
+        tables = [_grid_table(console, title, comparisons, fp8_table.FP8_RATIOS)]
+        lines = fp8_table.fp8_lines(comparisons)
+    elif suite == "quantize":
+        tables = [_rates_table(console, records), _end_to_end_table(console, records)]
+        lines = fp8_table.quantize_lines(records)
+    else:
+        found = fp8_table.read_accuracy(records)
+        tables = [_recipes_table(console, found), _context_table(console, found)]
+        lines = fp8_table.accuracy_lines(found)
+    for table in tables:
+        if table.row_count:
+            console.print(table)
+    for line in lines:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _rates_table(console: Console, records: Sequence[Record]) -> Table:
+    """GB/s of the quantizer, a row for each recipe, a column for each head dimension."""
+    rates = fp8_table.quantizer_rates(records)
+    table = _new_table(console, "quantize, GB/s (over the copy's)")
+    table.add_column("recipe", no_wrap=True)
+    for one in rates:
+        table.add_column(f"d{one.shape.head_dim}", justify="right", no_wrap=True)
+    for recipe in dict.fromkeys(name for one in rates for name in one.by_recipe):
+        cells = []
+        for one in rates:
+            rate, share = one.by_recipe.get(recipe), one.share(recipe)
+            words = _MISSING if rate is None else f"{rate:.0f}"
+            cells.append(words if share is None else f"{words} ({share:.2f})")
+        table.add_row(recipe, *cells)
+    if rates:
+        copies = [_MISSING if one.copy is None else f"{one.copy:.0f}" for one in rates]
+        table.add_row("copy", *copies)
+    return table
+
+
+def _end_to_end_table(console: Console, records: Sequence[Record]) -> Table:
+    """TFLOP/s from 16-bit tensors to the output."""
+    table = _new_table(console, "quantize and attention, TFLOP/s")
+    for name in ("shape", "e4m3", "bf16", "ratio"):
+        table.add_column(name, justify="left" if name == "shape" else "right", no_wrap=True)
+    for one in fp8_table.end_to_end(records):
+        speeds = [_MISSING if x is None else f"{x:.0f}" for x in (one.fp8, one.bf16)]
+        table.add_row(one.shape.label, *speeds, _ratio_text(one.ratio))
+    return table
+
+
+def _recipes_table(console: Console, found: fp8_table.Accuracy) -> Table:
+    """Errors of each recipe, and how the emulation's compare."""
+    table = _new_table(console, "fp8-accuracy: rmse against float64")
+    distributions = list(dict.fromkeys(name for _, name in found.rmse))
+    table.add_column("recipe", no_wrap=True)
+    for name in distributions:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in distributions:
+        table.add_column(f"emulated / card, {name}", justify="right", no_wrap=True)
+    for recipe in dict.fromkeys(name for name, _ in found.rmse):
+        cells = []
+        for values, digits in ((found.rmse, ".3e"), (found.emulated, ".3f")):
+            for name in distributions:
+                value = values.get((recipe, name))
+                cells.append(_MISSING if value is None else f"{value:{digits}}")
+        table.add_row(recipe, *cells)
+    return table
+
+
+def _context_table(console: Console, found: fp8_table.Accuracy) -> Table:
+    """The mean error of uniform attention by keys, in percent."""
+    table = _new_table(console, "fp8-accuracy: mean error of uniform attention, %")
+    contexts = sorted({keys for _, _, keys in found.bias})
+    table.add_column("d", no_wrap=True)
+    table.add_column("implementation", no_wrap=True)
+    for keys in contexts:
+        table.add_column(_short_length(keys), justify="right", no_wrap=True)
+    for head_dim, impl in sorted({key[:2] for key in found.bias}):
+        values = [found.bias.get((head_dim, impl, keys)) for keys in contexts]
+        cells = [_MISSING if value is None else f"{100 * value:+.2f}" for value in values]
+        table.add_row(str(head_dim), impl, *cells)
+    return table
+
+
+def _grid_table(
+    console: Console,
+    title: str,
+    comparisons: Sequence[Comparison],
+    ratios: Sequence[fp8_table.RowRatio],
+) -> Table:
+    """TFLOP/s by sequence length, with rows of ratios for each head dimension and mask."""
     lengths = sorted({one.shape.seqlen_q for one in comparisons})
-    table = _new_table(console, "forward, bf16, TFLOP/s")
+    table = _new_table(console, title)
     for name in ("d", "mask", "implementation"):
         table.add_column(name, no_wrap=True)
     for length in lengths:
@@ -96,8 +192,10 @@ def _grid_table(console: Console, comparisons: Sequence[Comparison]) -> Table:
             numbers = [_MISSING if value is None else f"{value:.0f}" for value in values]
             table.add_row(*titles, name, *numbers)
             titles = ["", ""]
-        ratios = [_ratio_text(one.ratio if one else None) for one in cells]
-        table.add_row(*titles, "[bold]ours / best peer[/]", *ratios, end_section=True)
+        for label, ratio_of in ratios:
+            texts = [_ratio_text(ratio_of(one) if one else None) for one in cells]
+            last = label == ratios[-1][0]
+            table.add_row(*titles, f"[bold]{label}[/]", *texts, end_section=last)
     return table
 
 
