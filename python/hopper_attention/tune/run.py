@@ -7,12 +7,15 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from hopper_attention.bench.shapes import HIDDEN_SIZE, TOKENS, Shape
+from hopper_attention.bench.shapes import FP8, HIDDEN_SIZE, TOKENS, Shape
+from hopper_attention.recipe import Fp8Recipe
 from hopper_attention.tune.build import Built
 from hopper_attention.tune.rules import Instance, TuneError
 from hopper_attention.tune.worker import Job
 
 LENGTHS = (512, 2_048, 16_384)
+
+_FP8_FAST = FP8 + "_fast"  # key.h's name
 
 Measure = Callable[[Job], dict[str, float]]
 
@@ -68,7 +71,7 @@ def problems(
     heads = max(1, HIDDEN_SIZE // instance.head_dim)
     return [
         Shape(
-            instance.dtype,
+            FP8 if is_fp8(instance) else instance.dtype,
             instance.head_dim,
             instance.head_dim_v,
             max(1, TOKENS // length),
@@ -80,6 +83,22 @@ def problems(
         )
         for length in lengths
     ]
+
+
+def is_fp8(instance: Instance) -> bool:
+    """Whether a kernel is one of e4m3, whichever way it adds up."""
+    return instance.dtype in (FP8, _FP8_FAST)
+
+
+def recipe_for(instance: Instance, shapes: Sequence[Shape]) -> Fp8Recipe | None:
+    """How to quantize problems so that this kernel serves them; None for 16 bits."""
+    if not is_fp8(instance):
+        return None
+    if instance.dtype == _FP8_FAST:
+        return Fp8Recipe(accumulation="fast")
+    # Without a mask a masked kernel is for V as rows of tokens.
+    unmasked = any(shape.mask == "full" for shape in shapes)
+    return Fp8Recipe(transpose_v=instance.mask == "full" or not unmasked)
 
 
 def take_turns(
@@ -106,6 +125,7 @@ def take_turns(
         A result for each candidate, in their order. Who fails has no further turn. Outputs are
         checked in the first round.
     """
+    recipe = recipe_for(instance, shapes)
     results = [Result(built, index == 0, [], built.error) for index, built in enumerate(candidates)]
     for turn in range(rounds):
         start = turn % len(results) if results else 0  # the first in line meets the coolest card
@@ -115,7 +135,7 @@ def take_turns(
                 continue
             label = result.built.label
             progress(label)
-            job = Job(library, instance.name, label, tuple(shapes), reps, check=turn == 0)
+            job = Job(library, instance.name, label, tuple(shapes), reps, turn == 0, recipe)
             try:
                 result.rounds.append(measure(job))
             except TuneError as error:

@@ -11,18 +11,23 @@ import multiprocessing
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 import hopper_attention
 from hopper_attention.bench import accuracy
-from hopper_attention.bench.runner import make_inputs
+from hopper_attention.bench.contestants import Bound
+from hopper_attention.bench.runner import expect_fp8, make_inputs
 from hopper_attention.bench.shapes import Shape
 from hopper_attention.bench.timing import Clock, CudaClock, warm_up
+from hopper_attention.recipe import Fp8Recipe
 from hopper_attention.tune.rules import TuneError
+
+Run = Callable[[], torch.Tensor]
 
 _CLEAN_UP_SECONDS = 20.0  # what CUDA may take to end a process that has answered
 
@@ -38,6 +43,8 @@ class Job:
         shapes: The problems.
         reps: Timed calls of each.
         check: Whether outputs are checked against float64 first.
+        recipe: How the problems of a kernel of e4m3 are quantized, before the time is taken; None
+            for 16 bits.
     """
 
     library: Path
@@ -46,6 +53,7 @@ class Job:
     shapes: tuple[Shape, ...]
     reps: int
     check: bool
+    recipe: Fp8Recipe | None = None
 
 
 def load_and_measure(job: Job) -> dict[str, float]:
@@ -71,29 +79,45 @@ def measure(job: Job, clock: Clock, device: str) -> dict[str, float]:
     """
     found = {}
     for shape in job.shapes:
-        q, k, v = make_inputs(shape, device)
-
-        def run(
-            q: torch.Tensor = q, k: torch.Tensor = k, v: torch.Tensor = v, shape: Shape = shape
-        ) -> Any:
-            return hopper_attention.flash_attn_func(
-                q, k, v, causal=shape.causal, window_size=shape.window
-            )
-
-        plan = hopper_attention.explain(q, k, v, causal=shape.causal, window_size=shape.window)
+        inputs = make_inputs(shape, device)
+        bound, plan = _prepare(shape, inputs, job.recipe)
         if (plan.instance, plan.reason) != (job.instance, job.label):
             raise TuneError(
                 f"{shape.label} runs {plan.instance} ({plan.reason}), not {job.instance} "
                 f"({job.label}): the candidate's library was not loaded, or does not serve this"
             )
-        warm_up(run, clock)
+        warm_up(bound.run, clock)
         if job.check:
-            expected = accuracy.expect(shape, q, k, v)
-            complaint = accuracy.wrong(accuracy.compare(run(), expected), expected)
+            out = bound.to_bshd(bound.run())
+            if bound.stands_for is None:
+                expected = accuracy.expect(shape, *inputs)
+            else:
+                expected = expect_fp8(shape, bound, out)
+            complaint = accuracy.wrong(accuracy.compare(out, expected), expected)
             if complaint is not None:
                 raise TuneError(f"{shape.label}: {complaint}")
-        found[shape.label] = statistics.median(clock.batch(run, job.reps))
+        found[shape.label] = statistics.median(clock.batch(bound.run, job.reps))
     return found
+
+
+def _prepare(
+    shape: Shape,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    recipe: Fp8Recipe | None,
+) -> tuple[Bound, hopper_attention.Explanation]:
+    """The call to time, and which kernel it runs."""
+    options: dict[str, Any] = {"causal": shape.causal, "window_size": shape.window}
+    if recipe is None:
+        attend = partial(hopper_attention.flash_attn_func, *inputs, **options)
+        return Bound(cast(Run, attend), _same), hopper_attention.explain(*inputs, **options)
+    quantized = hopper_attention.quantize(*inputs, recipe)
+    attend = partial(hopper_attention.flash_attn_fp8_func, quantized, **options)
+    bound = Bound(cast(Run, attend), _same, quantized.dequantize)
+    return bound, hopper_attention.explain(quantized, **options)
+
+
+def _same(out: torch.Tensor) -> torch.Tensor:
+    return out
 
 
 class Processes:
