@@ -3,75 +3,156 @@
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
 
-Full kernels run once, masked ones with a causal mask, a window and a soft cap. On the device there
-is nothing but copies and our kernels: inputs are made, and outputs looked at, on the CPU.
+Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
+transposed and as rows of tokens, and with scales of single tokens. The quantizer runs by its tile,
+dtype and kind of recipe. On the device there is nothing but copies and our kernels: inputs are
+made, and outputs looked at, on the CPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 import hopper_attention
-from hopper_attention import _library
+from hopper_attention import Fp8Recipe, _library
 
 # odd, more than one tile in each direction, and grouped heads
 BATCH, SEQLEN_Q, HEADS, HEADS_KV = 2, 197, 2, 1
 # full problems with few keys may run in the masked kernel
 SEQLEN_K = {"full": 4101, "masked": 333}
-OPTIONS: dict[str, list[dict[str, object]]] = {
+OPTIONS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
     "masked": [{"causal": True}, {"window_size": (70, 20)}, {"softcap": 20.0}],
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+FP8_MASKED = {"causal": True}
+# each beside options that a masked kernel serves
+FP8_RECIPES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
+    "full": [({}, {})],
+    "masked": [
+        *(({}, options) for options in OPTIONS["masked"]),
+        ({"transpose_v": False}, {}),
+        ({"transpose_v": False}, FP8_MASKED),
+        ({"qk_scale": "token"}, FP8_MASKED),
+        ({"v_scale": "token"}, FP8_MASKED),
+    ],
+}
+QUANTIZER_RECIPES = (
+    Fp8Recipe(),
+    Fp8Recipe("tensor", "tensor", hadamard=False, transpose_v=False),
+    Fp8Recipe("token", "token", smooth_k=True),
+    Fp8Recipe("head", "head", smooth_k=True, transpose_v=False),
+)
 
 
-def parse(name: str) -> tuple[torch.dtype, int, int, str]:
-    """Reads an instance's name, such as bf16_d192x128_full."""
-    match = re.fullmatch(r"(fp16|bf16)_d(\d+)(?:x(\d+))?_(full|masked)", name)
+@dataclass(frozen=True)
+class Instance:
+    """What an instance's name says; dtype is None for e4m3."""
+
+    dtype: torch.dtype | None
+    fast: bool
+    head_dim: int
+    head_dim_v: int
+    mask: str
+
+
+def parse(name: str) -> Instance:
+    """Reads an instance's name, such as bf16_d192x128_full or e4m3fast_d64_masked."""
+    match = re.fullmatch(r"(fp16|bf16|e4m3|e4m3fast)_d(\d+)(?:x(\d+))?_(full|masked)", name)
     if match is None:
         raise ValueError(f"cannot read the instance's name {name!r}")
-    dtype, head_dim, head_dim_v, mask = match.groups()
-    return DTYPES[dtype], int(head_dim), int(head_dim_v or head_dim), mask
+    kind, head_dim, head_dim_v, mask = match.groups()
+    fast = kind == "e4m3fast"
+    return Instance(DTYPES.get(kind), fast, int(head_dim), int(head_dim_v or head_dim), mask)
 
 
-def run(name: str) -> None:
-    """Runs one instance; raises AssertionError when an output is not finite."""
-    dtype, head_dim, head_dim_v, mask = parse(name)
+def draw(
+    dtype: torch.dtype, seqlen_k: int, head_dim: int, head_dim_v: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Q, K and V from N(0, 1) on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(dtype).cuda()
+        return torch.randn(size, generator=generator).to(dtype)
 
-    q = normal(BATCH, SEQLEN_Q, HEADS, head_dim)
-    k = normal(BATCH, SEQLEN_K[mask], HEADS_KV, head_dim)
-    v = normal(BATCH, SEQLEN_K[mask], HEADS_KV, head_dim_v)
+    return (
+        normal(BATCH, SEQLEN_Q, HEADS, head_dim),
+        normal(BATCH, seqlen_k, HEADS_KV, head_dim),
+        normal(BATCH, seqlen_k, HEADS_KV, head_dim_v),
+    )
+
+
+def check(name: str, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Raises AssertionError when an output is not finite."""
+    for what, tensor in zip(("out", "lse"), result, strict=True):
+        assert tensor.cpu().isfinite().all(), f"{name}: {what} is not finite"
+
+
+def run(name: str) -> None:
+    """Runs one instance; raises AssertionError when another runs or an output is not finite."""
+    instance = parse(name)
+    if instance.dtype is None:
+        return run_fp8(name, instance)
+    mask = instance.mask
+    on_cpu = draw(instance.dtype, SEQLEN_K[mask], instance.head_dim, instance.head_dim_v)
+    q, k, v = (x.cuda() for x in on_cpu)
     for options in OPTIONS[mask]:
         plan = hopper_attention.explain(q, k, v, **options)
         assert plan.instance == name, f"{name}: {plan.instance} ran with {options}"
-        out, lse = hopper_attention.flash_attn_func(
-            q,
-            k,
-            v,
-            return_attn_probs=True,
-            **options,  # type: ignore[arg-type]
-        )
-        assert out.cpu().isfinite().all(), f"{name} {options}: out is not finite"
-        assert lse.cpu().isfinite().all(), f"{name} {options}: lse is not finite"
+        result = hopper_attention.flash_attn_func(q, k, v, return_attn_probs=True, **options)
+        check(f"{name} {options}", result)
+    return None
+
+
+def run_fp8(name: str, instance: Instance) -> None:
+    """Runs one instance of e4m3 on what the CPU quantized."""
+    qkv = draw(torch.bfloat16, SEQLEN_K["masked"], instance.head_dim, instance.head_dim_v)
+    accumulation = "fast" if instance.fast else "fp32"
+    for fields, options in FP8_RECIPES[instance.mask]:
+        recipe = Fp8Recipe(**fields, accumulation=accumulation)
+        quantized = hopper_attention.quantize(*qkv, recipe).to("cuda")
+        what = f"{name} {fields} {options}"
+        plan = hopper_attention.explain(quantized, **options)
+        assert plan.instance == name, f"{what}: {plan.instance} ran"
+        result = hopper_attention.flash_attn_fp8_func(quantized, return_attn_probs=True, **options)
+        check(what, result)
+
+
+def run_quantizer(dtype: torch.dtype, head_dim: int) -> None:
+    """Runs the quantizer; raises AssertionError when its bits are not the reference's."""
+    qkv = draw(dtype, SEQLEN_K["masked"], head_dim, head_dim)
+    for recipe in QUANTIZER_RECIPES:
+        found = hopper_attention.quantize(*(x.cuda() for x in qkv), recipe).state_dict()
+        expected = hopper_attention.quantize(*qkv, recipe).state_dict()
+        for field in ("q", "k", "v"):
+            bits = (x[field].cpu().view(torch.uint8) for x in (found, expected))
+            assert torch.equal(*bits), f"quantize {dtype} d{head_dim} {recipe}: {field} differs"
 
 
 def main() -> None:
-    """Runs the instances whose names match."""
+    """Runs the instances and the quantizer's tiles whose names match."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression on the instances' names")
     pattern = re.compile(parser.parse_args().only)
     names = [name for name in _library.load().instances() if pattern.search(name)]
-    if not names:
+    tiles = {
+        f"quantize_{name}_d{head_dim}": (dtype, head_dim)
+        for name, dtype in DTYPES.items()
+        for head_dim in (40, 64, 96, 128, 256)
+    }
+    tiles = {name: tile for name, tile in tiles.items() if pattern.search(name)}
+    if not names and not tiles:
         raise SystemExit("no compiled instance matches")
     for name in names:
         run(name)
+        print(name, flush=True)
+    for name, (dtype, head_dim) in tiles.items():
+        run_quantizer(dtype, head_dim)
         print(name, flush=True)
 
 

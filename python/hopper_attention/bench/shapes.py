@@ -14,7 +14,12 @@ SUITES = ("forward", "forward-shapes", "host", "rmse", "fp8", "quantize", "fp8-a
 FP8_SUITES = SUITES[4:]
 FP8 = "float8_e4m3fn"
 
-_SHORT_DTYPES = {"bfloat16": "bf16", "float16": "fp16", FP8: "e4m3"}
+_SHORT_DTYPES = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    FP8: "e4m3",
+    FP8 + "_fast": "e4m3 fast",
+}
 
 
 @dataclass(frozen=True)
