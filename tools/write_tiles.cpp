@@ -33,12 +33,13 @@ void write_row(std::FILE* file, const Instance& instance, bool last) {
                "  {\"name\": \"%s\", \"dtype\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, "
                "\"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, \"stages\": %d, "
                "\"num_consumers\": %d, \"min_keys\": %d, \"v_parts\": %d, "
-               "\"sums_by_ones\": %s, \"slack\": %g}%s\n",
+               "\"sums_by_ones\": %s, \"slack\": %g, \"offset\": %d}%s\n",
                instance.name, name_of(instance.key.dtype), instance.key.head_dim,
                instance.key.head_dim_v, name_of(instance.key.mask), config.tile_m(), config.tile_n,
                config.stages, config.num_consumers, min_keys(instance.key), config.v_parts,
                sums_by_ones(config) ? "true" : "false",
-               sums_by_ones(config) ? double{kMaximumSlack} : 0.0, last ? "" : ",");
+               sums_by_ones(config) ? double{kMaximumSlack} : 0.0,
+               is_fp8(instance.key.dtype) ? kOffsetLog2 : 0, last ? "" : ",");
 }
 
 }  // namespace

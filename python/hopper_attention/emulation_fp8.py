@@ -7,21 +7,21 @@ the sum l and the unnormalised output O in float32. Q, K and V are e4m3 with sca
     X = log2(e) softmax_scale q_descale k_descale S    softcap and mask as in 16 bits
     m' = max(m, rowmax(X))
     alpha = exp2(m - m')
-    P = exp2(X - m' + 8)                               up to 256, so that e4m3's range is used
+    P = exp2(X - m' + offset)                          so that e4m3's range is used
     P' = round to e4m3(P v_token_factor)
     l = alpha l + rowsum(P)                            in float32, P before it is rounded
     O = alpha O + P' v            accumulation "fp32": the tile's product from zero, then float32
     O = (alpha O) + P' v          accumulation "fast": the tensor core adds to O
-    out = round(v_descale O / l), lse = ln(l) + (m - 7) ln(2)
+    out = round(v_descale O / l), lse = ln(l) + (m - offset) ln(2)
 
 Kernels with a row of ones beside V's channels (`sums_by_ones` of tiles.json: accumulation "fp32"
 up to head_dim 128) differ in two things. Unless V's tokens have factors, l is one more column of O:
 the tensor core's sum of P'. And where a warp of 16 rows sees the whole of a tile, m follows only
 when the tile's maximum is more than `slack` above m in one of the rows; then all of them follow. So
-P may reach 2^(7 + slack), which e4m3 holds.
+P may reach 2^(offset + slack), which e4m3 holds. Both numbers are in tiles.json, from fp8.h.
 
-The offset (7, where the paper has 8) and the fast accumulation are those of Shah et al.,
-"FlashAttention-3" (arXiv:2407.08608); the float32 sum of short products is "DeepSeek-V3"'s (arXiv:2412.19437).
+An offset and the fast accumulation are those of Shah et al., "FlashAttention-3" (arXiv:2407.08608);
+the float32 sum of short products is that of "DeepSeek-V3" (arXiv:2412.19437).
 """
 
 from __future__ import annotations
@@ -39,9 +39,6 @@ from .recipe import E4M3_MAX, QK_BLOCK_TOKENS, Fp8Recipe
 from .reference_quantizer import QuantizedParts, quantize
 from .tensor_core import FRACTION_BITS, multiply_accumulate
 from .v_layout import untranspose_v
-
-P_OFFSET = 7.0
-"""P is multiplied by 2 to this power."""
 
 _LOG2_E = math.log2(math.e)
 _LN_2 = math.log(2.0)
@@ -136,7 +133,7 @@ def attention(
         empty = row_sum == 0
         inverse = row_sum.reciprocal().masked_fill_(empty, 0.0)
         of_head = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
-        return of_head, _lse(row_sum, reference, empty)
+        return of_head, _lse(row_sum, reference - kernel.offset, empty)
 
     for place, result in enumerate(_for_each_head(compute, batch, heads)):
         b, h = divmod(place, heads)
@@ -209,6 +206,7 @@ class _Kernel:
     fast: bool
     ones: bool
     slack: float  # 0: m always follows
+    offset: int
 
     @classmethod
     def find(cls, recipe: Fp8Recipe, head_dim: int, seqlen_k: int, masked: bool) -> _Kernel:
@@ -227,7 +225,7 @@ class _Kernel:
         general = masked or fast or not recipe.transpose_v
         row = kernel_row(name, head_dim, head_dim, seqlen_k, masked=general)
         ones = row["sums_by_ones"] and recipe.v_scale != "token"
-        return cls((row["tile_m"], row["tile_n"]), fast, ones, row["slack"])
+        return cls((row["tile_m"], row["tile_n"]), fast, ones, row["slack"], row["offset"])
 
 
 def _attend(
@@ -252,7 +250,7 @@ def _attend(
         # A row that has seen no key yet has only scores of -inf, whatever is subtracted.
         shift = new.masked_fill(new == -torch.inf, 0.0)
         alpha = torch.exp2(old - shift)
-        probabilities = torch.exp2(scores - (shift - P_OFFSET))
+        probabilities = torch.exp2(scores - (shift - kernel.offset))
         if not kernel.ones:
             row_sum[rows] = row_sum[rows] * alpha + probabilities.sum(1, keepdim=True)
         if x.v_factor is not None:
@@ -324,7 +322,7 @@ def _product(
 
 
 def _lse(row_sum: torch.Tensor, reference: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-    lse = row_sum.log() + (reference - P_OFFSET) * _LN_2
+    lse = row_sum.log() + reference * _LN_2
     return lse.masked_fill(empty, -torch.inf)[:, 0]
 
 
