@@ -34,7 +34,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     path = config.getoption("--evidence")
-    if path is None:
+    if path is None or hasattr(config, "workerinput"):  # pytest-xdist's processes only run tests
         return
     header = {**machine.describe(), "sources": sources.current_sources()}
     if header["sources"] is None:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 class Recorder:
     """A pytest plugin that counts results and writes them when the session ends.
@@ -37,6 +39,15 @@ class Recorder:
     def pytest_collection_finish(self, session: Any) -> None:
         self._collected = {item.path.resolve() for item in session.items}
         self._planned = len(session.items)
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node: Any, ids: list[str]) -> None:
+        """Under pytest-xdist the processes collect, and each collects all."""
+        root = Path(node.config.rootpath)
+        self._collected = {(root / name.split("::")[0]).resolve() for name in ids}
+        self._planned = len(ids)
+        if node.config.option.keyword or node.config.option.markexpr:
+            self._deselected = 1  # their deselected tests are not told
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:  # also where only its set-up or tear-down failed

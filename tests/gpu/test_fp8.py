@@ -19,7 +19,8 @@ PROBLEM = Problem(seqlen_q=200, seqlen_k=333, batch=2, heads=4, heads_kv=2)
 HEAD_DIM = pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 ROUNDING = 0.08  # of P |v|, summed: 2^-4 and what the scores' own error adds
 SUBNORMAL = 2.0**-17  # absolute, of P over its largest: half of e4m3's smallest over 256, twice
-LSE_ABSOLUTE = 1e-2
+# A row sum of P as rounded to e4m3 is within 2^-4, for a row with very few keys.
+LSE_ABSOLUTE = 6.5e-2
 LSE_RELATIVE = 2e-3
 RECIPES = [
     *[Fp8Recipe(qk_scale=scale) for scale in ("tensor", "head", "block", "token")],
@@ -284,10 +285,14 @@ def test_uniform_attention_over_a_long_context(head_dim, transpose_v):
     k = torch.randn(1, keys, 1, head_dim, device=DEVICE).bfloat16()
     v = (1 + 0.1 * torch.randn(1, keys, 1, head_dim, device=DEVICE)).bfloat16()
     recipe = Fp8Recipe(transpose_v=transpose_v)
-    out = hopper_attention.flash_attn_fp8_func(q, k, v, recipe, out_dtype=torch.float16)
-    exact = v.double().mean(1, keepdim=True)
-    error = ((out.double() - exact) / exact).abs().max().item()
+    quantized = hopper_attention.quantize(q, k, v, recipe)
+    out = hopper_attention.flash_attn_fp8_func(quantized, out_dtype=torch.float16).double()
+    error = (out / v.double().mean(1, keepdim=True) - 1).mean().abs().item()
     assert error <= 2e-3, f"an error of {error:.2%}"
+    # Rounding V moves single channels by up to 0.2%; the rest is the kernel's.
+    stored = quantized.dequantize()[2].double().mean(1, keepdim=True)
+    error = (out / stored - 1).abs().max().item()
+    assert error <= 2e-3, f"an error of {error:.2%} in a channel"
 
 
 def test_smoothing_gives_the_log_sum_exp_of_the_scores_themselves():
@@ -316,7 +321,9 @@ def test_opcheck():
     q, k, v = e4m3_inputs(PROBLEM)
     scales = [torch.ones(2, 2, device=DEVICE) for _ in range(3)]
     rest = (torch.bfloat16, False, False, 0.1, True, -1, -1, 0.0, 0)
-    torch.library.opcheck(ops_fp8.forward_fp8, (q, k, v, *scales, None, *rest))
+    # Not test_schema: it multiplies its inputs, which PyTorch cannot do in e4m3.
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops_fp8.forward_fp8, (q, k, v, *scales, None, *rest), test_utils=checks)
 
 
 def test_compile_without_a_graph_break():
