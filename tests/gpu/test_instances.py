@@ -38,7 +38,9 @@ def test_the_test_above_runs_all_that_is_compiled():
             for mask, options in MASKS.items():
                 problem = instance_problem(dtype, tile, mask)
                 tested.add(hopper_attention.explain(*problem.inputs(), **options).instance)
-    assert set(_library.load().instances()) <= tested
+    # Those of e4m3 are test_fp8.py's.
+    compiled = {name for name in _library.load().instances() if not name.startswith("e4m3")}
+    assert compiled <= tested
 
 
 OTHER_HEAD_DIMS = [8, 16, 24, 32, 40, 56, 72, 80, 88, 104, 112, 120]
