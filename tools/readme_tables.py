@@ -18,6 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import readme_fp8
+from md_tables import MISSING, length, listing, table
+
 import hopper_attention
 from hopper_attention.bench import records
 from hopper_attention.bench.contestants import OURS, PEERS
@@ -28,9 +31,8 @@ from hopper_attention.bench.shapes import short_dtype
 from hopper_attention.study import Study
 from hopper_attention.study.plots import plot_heads
 from hopper_attention.study.plots_fp8 import plot_context, plot_recipes
-from hopper_attention.study.recipes import RECIPES, is_fp8
+from hopper_attention.study.recipes import is_fp8
 from hopper_attention.study.records import read_json
-from hopper_attention.study.verdict import fp8_in_words
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "h200.json"
@@ -51,20 +53,9 @@ _NAMES = {
     "fa2": "FlashAttention-2",
     STANDARD: "standard",
 }
-_MISSING = "–"
 _DISTRIBUTIONS = {"normal": "N(0, 1)", "outliers": "N(0, 1) + N(0, 100) · Bernoulli(0.001)"}
 
 Document = Mapping[str, Any]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
-    rule = ["---" if column < left else "---:" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
-def _listing(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _implementations(comparisons: Sequence[Comparison]) -> list[str]:
@@ -72,13 +63,9 @@ def _implementations(comparisons: Sequence[Comparison]) -> list[str]:
     return [name for name in (OURS, *PEERS) if name in present]
 
 
-def _length(length: int) -> str:
-    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
-
-
 def _ratio(comparison: Comparison | None) -> str:
     ratio = None if comparison is None else comparison.ratio
-    return _MISSING if ratio is None else f"{ratio:.2f}"
+    return MISSING if ratio is None else f"{ratio:.2f}"
 
 
 def _summary_of(comparisons: Sequence[Comparison]) -> str:
@@ -88,7 +75,7 @@ def _summary_of(comparisons: Sequence[Comparison]) -> str:
     if found is None:
         return ""
     least = min(rated, key=lambda pair: pair[0])[1]
-    peers = _listing([_NAMES[name] for name in _implementations(comparisons) if name != OURS])
+    peers = listing([_NAMES[name] for name in _implementations(comparisons) if name != OURS])
     return (
         f"hopper-attention runs at {found[0]:.2f} times the speed of the fastest of {peers}: the "
         f"geometric mean of {len(rated)} shapes, each against the peer that is fastest there. The "
@@ -127,14 +114,14 @@ def forward(results: Document) -> str:
         group = groups.setdefault((one.shape.head_dim, one.shape.mask), {})
         group[one.shape.seqlen_q] = one
     rows = []
-    for (head_dim, mask), by_length in groups.items():
-        cells = [by_length.get(length) for length in lengths]
-        for name in _implementations(list(by_length.values())):
+    for (head_dim, mask), bylength in groups.items():
+        cells = [bylength.get(length) for length in lengths]
+        for name in _implementations(list(bylength.values())):
             values = [one.values.get(name) if one else None for one in cells]
-            numbers = [_MISSING if value is None else f"{value:.0f}" for value in values]
+            numbers = [MISSING if value is None else f"{value:.0f}" for value in values]
             rows.append([str(head_dim), mask, _NAMES[name], *numbers])
         rows.append(["", "", "**ours / best peer**", *(f"**{_ratio(one)}**" for one in cells)])
-    return _table(["d", "mask", "TFLOP/s", *map(_length, lengths)], rows, left=3)
+    return table(["d", "mask", "TFLOP/s", *map(length, lengths)], rows, left=3)
 
 
 def _by_shape(results: Document, suite: str, unit: str, digits: int) -> str:
@@ -143,10 +130,10 @@ def _by_shape(results: Document, suite: str, unit: str, digits: int) -> str:
     rows = []
     for one in comparisons:
         values = [one.values.get(name) for name in names]
-        numbers = [_MISSING if value is None else f"{value:.{digits}f}" for value in values]
+        numbers = [MISSING if value is None else f"{value:.{digits}f}" for value in values]
         rows.append([one.shape.label, *numbers, f"**{_ratio(one)}**"])
-    table = _table([unit, *(_NAMES[name] for name in names), "ours / best peer"], rows)
-    return f"{_summary_of(comparisons)}\n\n{table}"
+    text = table([unit, *(_NAMES[name] for name in names), "ours / best peer"], rows)
+    return f"{_summary_of(comparisons)}\n\n{text}"
 
 
 def shapes(results: Document) -> str:
@@ -170,10 +157,10 @@ def rmse(results: Document) -> str:
     lines = []
     for key, values in rows.items():
         best = min(values[name] for name in PEERS if name in values)
-        numbers = [f"{values[name]:.2e}" if name in values else _MISSING for name in names]
+        numbers = [f"{values[name]:.2e}" if name in values else MISSING for name in names]
         lines.append([*key, *numbers, f"**{values[OURS] / best:.3f}**"])
     header = ["dtype", "inputs", *(_NAMES[name] for name in names), "ours / best peer"]
-    return _table(header, lines, left=2)
+    return table(header, lines, left=2)
 
 
 def evidence(found: Document) -> str:
@@ -220,72 +207,9 @@ def study(result: Study) -> str:
             f"its error there is {min(ratios):.2f} to {max(ratios):.2f} times standard's."
         )
     header = ["inputs", "format", "standard", "ours", "ours / standard", "arithmetic alone"]
-    by_whom = _listing(sorted({row.by for row in result.rows if row.method == "ours"}))
+    by_whom = listing(sorted({row.by for row in result.rows if row.method == "ours"}))
     where = f"Relative RMSE against float64; ours by {by_whom}, {result.environment['device']}."
-    return f"{' '.join(sentences)}\n\n{_table(header, rows, left=2)}\n\n{where}"
-
-
-def _by_whom(result: Study) -> str:
-    computed = {row.by for row in result.rows if is_fp8(row.format)}
-    computed |= {row.by for row in result.context if is_fp8(row.format)}
-    return f"FP8 by {_listing(sorted(computed))}, {result.environment['device']}."
-
-
-def fp8_recipes(result: Study) -> str:
-    """Relative RMSE of each FP8 recipe by source, in percent, and 16 bits beside them."""
-    ours = {(row.format, row.source): row for row in result.select("all") if row.method == "ours"}
-    names = [source.name for source in result.sources]
-    rows = []
-    for name in dict.fromkeys(key[0] for key in ours):
-        words = RECIPES[name].words if is_fp8(name) else ""
-        cells = [f"{100 * ours[name, source].relative_rmse:.3f}" for source in names]
-        rows.append([f"`{name}`", words, *cells])
-    titles = [source.title.split(" on ")[0] for source in result.sources]
-    table = _table(["format", "", *titles], rows, left=2)
-    return f"{table}\n\nRelative RMSE against float64, in percent. {_by_whom(result)}"
-
-
-def fp8_context(result: Study) -> str:
-    """The bias of uniform attention by number of keys, in percent."""
-    names = list(dict.fromkeys(row.format for row in result.context))
-    # Adding 0 leaves no minus sign to what is rounded to 0.
-    bias = {(row.format, row.keys): round(100 * row.bias, 2) + 0.0 for row in result.context}
-    keys = sorted({row.keys for row in result.context})
-    rows = [[f"`{name}`", *(f"{bias[name, count]:+.2f}" for count in keys)] for name in names]
-    table = _table(["mean error, %", *map(_length, keys)], rows)
-    return f"{table}\n\n{_by_whom(result)}"
-
-
-def fp8_words(result: Study) -> str:
-    """What the study of FP8 found, a sentence or two an item."""
-    return "\n".join(f"- {line}" for line in fp8_in_words(result))
-
-
-def fp8_speed(result: Study) -> str:
-    """Milliseconds of each recipe on the card, and its speed over bf16's."""
-    rows = []
-    base = {
-        (row.batch, row.seqlen, row.causal): row.total_ms
-        for row in result.speed
-        if row.format == "bf16"
-    }
-    for row in result.speed:
-        mask = "causal" if row.causal else "full"
-        shape = f"{row.batch} × {row.seqlen} × {row.heads} × {row.head_dim}, {mask}"
-        times = (row.quantize_ms, row.attention_ms, row.total_ms)
-        ratio = base[row.batch, row.seqlen, row.causal] / row.total_ms
-        cells = [f"{time:.3f}" for time in times]
-        rows.append([shape, f"`{row.format}`", *cells, f"**{ratio:.2f}**"])
-    header = [
-        "batch × tokens × heads × d",
-        "format",
-        "quantize",
-        "attention",
-        "both",
-        "bf16 / both",
-    ]
-    where = f"Milliseconds, {result.environment['device']}, {result.environment['date']}."
-    return f"{_table(header, rows, left=2)}\n\n{where}"
+    return f"{' '.join(sentences)}\n\n{table(header, rows, left=2)}\n\n{where}"
 
 
 def tiles(instances: Sequence[Document]) -> str:
@@ -299,7 +223,7 @@ def tiles(instances: Sequence[Document]) -> str:
         key = (dims, one["mask"], tile, str(one["num_consumers"]), str(one["stages"]))
         rows.setdefault(key, []).append(short_dtype(one["dtype"]))
     header = ["head dim", "mask", "tile, rows × keys", "consumers", "stages", "dtypes"]
-    return _table(header, [[*key, ", ".join(dtypes)] for key, dtypes in rows.items()], left=2)
+    return table(header, [[*key, ", ".join(dtypes)] for key, dtypes in rows.items()], left=2)
 
 
 _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
@@ -309,6 +233,11 @@ _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
     "shapes": shapes,
     "host": host,
     "rmse": rmse,
+    "fp8_forward": readme_fp8.forward,
+    "fp8_quantizer": readme_fp8.quantizer,
+    "fp8_end_to_end": readme_fp8.end_to_end,
+    "fp8_rmse": readme_fp8.rmse,
+    "fp8_uniform": readme_fp8.uniform,
 }
 
 
@@ -324,17 +253,24 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
     sources: dict[str, tuple[Path, Callable[[], str]]] = {
         "evidence": (EVIDENCE, lambda: evidence(json.loads(EVIDENCE.read_text()))),
         "study": (STUDY, lambda: study(read_json(STUDY))),
-        "fp8_recipes": (STUDY, lambda: fp8_recipes(read_json(STUDY))),
-        "fp8_context": (STUDY, lambda: fp8_context(read_json(STUDY))),
-        "fp8_words": (STUDY, lambda: fp8_words(read_json(STUDY))),
-        "fp8_speed": (CARD_STUDY, lambda: fp8_speed(read_json(CARD_STUDY))),
+        "fp8_recipes": (STUDY, lambda: readme_fp8.fp8_recipes(read_json(STUDY))),
+        "fp8_context": (STUDY, lambda: readme_fp8.fp8_context(read_json(STUDY))),
+        "fp8_words": (STUDY, lambda: readme_fp8.fp8_words(read_json(STUDY))),
+        "fp8_speed": (CARD_STUDY, lambda: readme_fp8.fp8_speed(read_json(CARD_STUDY))),
         "tiles": (TILES, lambda: tiles(json.loads(TILES.read_text()))),
     }
-    document: Document = records.load(results) if results.exists() else {}
+    document: Document = records.load(results) if results.exists() else {"records": []}
     for name, make_one in _FROM_RESULTS.items():
         sources[name] = (results, partial(make_one, document))
-    made = {name: make() for name, (path, make) in sources.items() if path.exists()}
-    return made, {name: path for name, (path, _) in sources.items() if not path.exists()}
+    suites = {record["suite"] for record in document["records"]}
+    absent = {name for name, suite in readme_fp8.SUITE_OF.items() if suite not in suites}
+    made, missing = {}, {}
+    for name, (path, make) in sources.items():
+        if path.exists() and name not in absent:
+            made[name] = make()
+        else:
+            missing[name] = path
+    return made, missing
 
 
 def sections_of(page: str) -> dict[str, str]:
@@ -363,7 +299,7 @@ def main() -> int:
     args = parser.parse_args()
     made, missing = make_sections(args.results)
     for name, path in missing.items():
-        print(f"section {name} stays as it is: there is no {path}")
+        print(f"section {name} stays as it is: nothing for it in {path}")
     stale = []
     for page in PAGES:
         old = page.read_text(encoding="utf-8")

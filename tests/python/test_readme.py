@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,11 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.fixture(scope="module")
 def tables():
     path = ROOT / "tools" / "readme_tables.py"
+    sys.path.insert(0, str(path.parent))  # as where it is run
     spec = importlib.util.spec_from_file_location("readme_tables", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    sys.path.remove(str(path.parent))
     return module
 
 
@@ -45,6 +48,11 @@ NAMES = [
     "fp8_context",
     "fp8_words",
     "fp8_speed",
+    "fp8_forward",
+    "fp8_quantizer",
+    "fp8_end_to_end",
+    "fp8_rmse",
+    "fp8_uniform",
     "tiles",
 ]
 
@@ -59,7 +67,7 @@ def test_every_section_is_checked(tables):
 def test_sections_hold_what_the_results_give(tables, name):
     made, missing = tables.make_sections()
     if name in missing:
-        pytest.skip(f"there is no {missing[name].name}")
+        pytest.skip(f"nothing for it in {missing[name].name}")
     assert stored_sections(tables)[name] == made[name], "out of date; run: make readme"
 
 
@@ -175,8 +183,56 @@ def test_the_table_of_fp8_speed(tables):
             SpeedRow("fp8", 1, 4096, 16, 128, True, 0.3, 1.25, 1.6),
         ],
     )
-    lines = tables.fp8_speed(study).splitlines()
+    lines = tables.readme_fp8.fp8_speed(study).splitlines()
     shape = "1 × 4096 × 16 × 128, causal"
     assert lines[2] == f"| {shape} | `bf16` | 0.000 | 2.000 | 2.000 | **1.00** |"
     assert lines[3] == f"| {shape} | `fp8` | 0.300 | 1.250 | 1.600 | **1.25** |"
     assert lines[-1] == "Milliseconds, a card, 2026-01-02."
+
+
+def fp8(suite, impl, **fields):
+    dtype = "bfloat16" if impl == "fa3" else "float8_e4m3fn"
+    return record(impl, fields.pop("tflops", None), suite=suite, dtype=dtype) | fields
+
+
+def test_the_table_of_fp8_attention(tables):
+    speeds = {"hopper_attention": 550.0, "cudnn_fp8": 500.0, "fa3_fp8": 400.0, "fa3": 440.0}
+    long = {"seqlen_q": 16384, "seqlen_k": 16384, "batch": 1}
+    rows = [fp8("fp8", impl, tflops=speed, **long) for impl, speed in speeds.items()]
+    text = tables.readme_fp8.forward(document(*rows))
+    assert "geometric mean 1.100, least 1.100" in text
+    assert "d64 full 1.25 (1.17)" in text
+    assert "| 64 | full | hopper-attention | 550 |" in text
+    assert "| 64 | full | FlashAttention-3 in bf16 | 440 |" in text
+    assert "|  |  | **ours / fa3_fp8** | **1.38** |" in text
+    assert "hopper-attention, fast" not in text
+
+
+def test_the_tables_of_the_quantizer(tables):
+    rows = [
+        fp8("quantize", "copy", part="quantize", gbps=4000.0),
+        fp8("quantize", "hopper_attention", part="quantize", recipe="fp8", gbps=3000.0),
+        fp8("quantize", "hopper_attention", part="end to end", tflops=600.0),
+        fp8("quantize", "hopper_attention_bf16", part="end to end", tflops=500.0),
+    ]
+    text = tables.readme_fp8.quantizer(document(*rows))
+    assert "| `fp8` | 3000 (0.75) |" in text
+    assert "| device copy | 4000 |" in text
+    text = tables.readme_fp8.end_to_end(document(*rows))
+    assert "| e4m3 d64 full b16 s1024 h32 | 600 | 500 | **1.20** |" in text
+
+
+def test_the_tables_of_fp8_accuracy(tables):
+    small = {"batch": 1, "seqlen_q": 64, "seqlen_k": 64}
+    common = {"distribution": "normal", "recipe": "fp8"}
+    rows = [
+        fp8("fp8-accuracy", "hopper_attention", rmse=1.4e-3, **common),
+        fp8("fp8-accuracy", "hopper_attention", rmse=2.0e-3, **common, **small),
+        fp8("fp8-accuracy", "emulation", rmse=2.1e-3, **common, **small),
+        fp8("fp8-accuracy", "fa3_fp8", rmse=1.5e-3, distribution="normal"),
+        fp8("fp8-accuracy", "hopper_attention", rmse=1.0, bias=-0.0123, distribution="uniform"),
+    ]
+    text = tables.readme_fp8.rmse(document(*rows))
+    assert "| `fp8` | 1.40e-03 | 1.050 |" in text
+    assert "| FlashAttention-3 of vLLM | 1.50e-03 | – |" in text
+    assert "| 64 | hopper-attention | -1.23 |" in tables.readme_fp8.uniform(document(*rows))

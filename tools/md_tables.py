@@ -1,0 +1,28 @@
+"""What the tables of README.md and docs/ are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MISSING = "–"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; all columns but the first `left` are aligned to the right."""
+    rule = ["---" if column < left else "---:" for column in range(len(header))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def listing(words: Sequence[str]) -> str:
+    """Words as a sentence lists them."""
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def length(tokens: int) -> str:
+    """A sequence length, short."""
+    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """A figure with so many digits after the point, or the sign of one that is missing."""
+    return MISSING if value is None else f"{value:.{digits}f}"
