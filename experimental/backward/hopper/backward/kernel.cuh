@@ -1,0 +1,102 @@
+// The main backward kernel: a block of keys each, one producer warpgroup and two or three
+// consumers.
+#pragma once
+
+#include <cutlass/arch/reg_reconfig.h>
+
+#include "backward/epilogue.cuh"
+
+namespace hopper_attention {
+
+template <class Traits>
+CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
+  constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
+  barriers.k_full.init(1);
+  barriers.v_full.init(1);
+  for (int i = 0; i < Traits::kStages; ++i) {
+    barriers.q_full[i].init(1);
+    barriers.dout_full[i].init(1);
+    barriers.q_empty[i].init(kConsumerWarps);
+    barriers.dout_empty[i].init(kConsumerWarps);
+  }
+  for (int i = 0; i < Traits::kDsStages; ++i) {
+    barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
+    barriers.ds_empty[i].init(kConsumerWarps);
+  }
+  barriers.p_full.init(kWarpgroupWarps);
+  barriers.p_empty.init(kWarpgroupWarps);
+  for (int i = 0; i < Traits::kConsumers; ++i) {
+    barriers.dq_full[i].init(kWarpgroupWarps);
+    barriers.dq_empty[i].init(1);
+  }
+  cutlass::arch::fence_barrier_init();
+}
+
+template <class Traits>
+CUTE_DEVICE auto make_dk() {
+  using Shape = cute::Shape<typename Traits::N, typename Traits::D>;
+  return cute::partition_fragment_C(typename Traits::MmaDk{}, Shape{});
+}
+template <class Traits>
+CUTE_DEVICE auto make_dv() {
+  using Shape = cute::Shape<typename Traits::N, typename Traits::Dv>;
+  return cute::partition_fragment_C(typename Traits::MmaDv{}, Shape{});
+}
+
+template <class Traits>
+CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
+                         typename Traits::SharedStorage& shared, int consumer) {
+  const int thread = threadIdx.x % kWarpgroupThreads;
+  if constexpr (!Traits::kPaired) {
+    auto rdK = make_dk<Traits>();
+    auto rdV = make_dv<Traits>();
+    accumulate_alike<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
+    store_dv<Traits>(params, tile, shared, consumer, consumer, thread, rdV);
+    sync_consumers(Traits::kConsumers);
+    store_dk<Traits>(params, tile, shared, consumer, consumer, thread, rdK);
+  } else if (consumer == 0) {
+    auto rdV = make_dv<Traits>();
+    accumulate_values<Traits>(params, tile, shared, thread, rdV);
+    sync_consumers(Traits::kConsumers);
+    store_dv<Traits>(params, tile, shared, consumer, 0, thread, rdV);
+  } else {
+    auto rdK = make_dk<Traits>();
+    accumulate_keys<Traits>(params, tile, shared, thread, rdK);
+    sync_consumers(Traits::kConsumers);
+    store_dk<Traits>(params, tile, shared, consumer, 0, thread, rdK);
+  }
+  if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
+}
+
+template <class Instance>
+__global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
+    backward_kernel(__grid_constant__ const BackwardParams params) {
+  using Traits = BackwardTraits<Instance>;
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers, false);
+  extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
+  auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.v);
+    cute::prefetch_tma_descriptor(&params.dout);
+    init_barriers<Traits>(shared.barriers);
+  }
+  __syncthreads();
+  const KeyTile tile = key_tile<Traits>(params);
+  const int warpgroup = cutlass::canonical_warp_group_idx();
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();
+    const int warp = cutlass::canonical_warp_idx_sync();
+    if (warp == 0) {
+      if (cute::elect_one_sync()) produce<Traits>(params, tile, shared);
+    } else if (Traits::kDqBulk && warp == 1) {
+      if (cute::elect_one_sync()) add_dq<Traits>(params, tile, shared);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();
+    consume<Traits>(params, tile, shared, warpgroup - 1);
+  }
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,160 @@
+// The consumer that is like the others: from its keys and all query blocks that see them to their
+// dK and dV, and to its part of dQ.
+//
+// With the keys as rows, P and dS come out of S^T = K Q^T and dP^T = V dO^T as the register operands
+// of dV = P^T dO and dK = dS^T Q. Only dQ = dS K, which sums over the keys of all consumers, reads
+// dS from shared memory.
+#pragma once
+
+#include "backward/add_dq.cuh"
+
+namespace hopper_attention {
+
+// The operands of a consumer's share of dQ = dS K, or of its transpose.
+template <class Traits>
+CUTE_DEVICE auto dq_operands(typename Traits::SharedStorage& shared, int first_thread) {
+  using namespace cute;
+  auto slice = typename Traits::MmaDq{}.get_thread_slice(first_thread);
+  Tensor sKt = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutKt{});
+  Tensor sdS = make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDs{});
+  if constexpr (Traits::kDqTransposed) {
+    return make_tuple(slice.partition_fragment_A(sKt), slice.partition_fragment_B(sdS));
+  } else {
+    return make_tuple(slice.partition_fragment_A(sdS), slice.partition_fragment_B(sKt));
+  }
+}
+
+// Issues one slice of it.
+template <class Traits, class Operands, class Fragment>
+CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fragment& dq) {
+  using namespace cute;
+  typename Traits::MmaDq mma;
+  auto const& a = get<0>(operands);
+  auto const& b = get<1>(operands);
+  warpgroup_fence_operand(dq);
+  warpgroup_arrive();
+  mma.accumulate_ = GMMA::ScaleOut::Zero;
+  CUTE_UNROLL
+  for (int k = 0; k < Traits::kTileN / 16; ++k) {
+    if constexpr (Traits::kDqTransposed) {
+      gemm(mma, a(_, _, k), b(_, _, k, ds_stage), dq);
+    } else {
+      gemm(mma, a(_, 0, k, ds_stage), b(_, slice, k), dq(_, 0, 0));
+    }
+    mma.accumulate_ = GMMA::ScaleOut::One;
+  }
+  warpgroup_commit_batch();
+  warpgroup_fence_operand(dq);
+}
+
+// dS^T of a consumer's keys into shared memory, where dQ's product reads it as dS.
+template <class Traits>
+CUTE_DEVICE auto ds_writer(typename Traits::SharedStorage& shared, int tile_thread) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  auto copy_ds =
+      make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, typename Traits::MmaScores{});
+  auto thread_copy = copy_ds.get_thread_slice(tile_thread);
+  Tensor sdSt = make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDst{});
+  return make_tuple(copy_ds, thread_copy, thread_copy.partition_D(sdSt));
+}
+template <class Writer, class Operand, class Layout>
+CUTE_DEVICE void write_ds(Writer const& writer, int ds_stage, Operand& ds16, Layout const& layout) {
+  using namespace cute;
+  Tensor from = make_tensor(ds16.data(), layout);
+  copy(get<0>(writer), get<1>(writer).retile_S(from), get<2>(writer)(_, _, _, ds_stage));
+  tma_store_fence();  // the tensor cores read what ordinary stores wrote
+}
+
+template <class Traits, class GradientK, class GradientV>
+CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& tile,
+                                  typename Traits::SharedStorage& shared, int consumer, int thread,
+                                  GradientK& rdK, GradientV& rdV) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  auto& barriers = shared.barriers;
+  typename Traits::MmaScores mma_scores;
+  typename Traits::MmaDv mma_dv;
+  typename Traits::MmaDk mma_dk;
+  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
+  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
+  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
+  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
+  Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
+  Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
+
+  // Descriptors are the same for all threads of a consumer.
+  const int first_thread = consumer * kWarpgroupThreads;
+  auto slice_scores = mma_scores.get_thread_slice(first_thread);
+  Tensor tSrK = slice_scores.partition_fragment_A(sK);    // (MMA, 1, d/16)
+  Tensor tSrQ = slice_scores.partition_fragment_B(sQ);    // (MMA, 1, d/16, stages)
+  Tensor tPrV = slice_scores.partition_fragment_A(sV);    // (MMA, 1, dv/16)
+  Tensor tPrdO = slice_scores.partition_fragment_B(sdO);  // (MMA, 1, dv/16, stages)
+  // (MMA, 1, m/16, stages) both
+  Tensor tVrdO = mma_dv.get_thread_slice(first_thread).partition_fragment_B(sdOt);
+  Tensor tKrQ = mma_dk.get_thread_slice(first_thread).partition_fragment_B(sQt);
+  auto operands = dq_operands<Traits>(shared, first_thread);
+  auto writer = ds_writer<Traits>(shared, first_thread + thread);
+  auto adder = make_dq_adder<Traits>(params, tile, shared, consumer, thread);
+
+  const int first_key = tile.n_block * Traits::kTileN + consumer * kConsumerRows +
+                        thread / 32 * 16 + thread % 32 / 4;
+  const BlockRange plain = plain_steps<Traits>(params.mask, tile);
+  using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
+  Ring<Traits::kStages> ring;
+  Ring<Traits::kDsStages> ds_ring;
+  QuerySteps at(params, tile);
+  if (!at.done()) {
+    barriers.k_full.wait(0);
+    barriers.v_full.wait(0);
+  }
+  auto step = [&](auto kPlain) {
+    const int stage = ring.stage, ds_stage = ds_ring.stage;
+    Tensor rS = partition_fragment_C(mma_scores, ShapeScores{});
+    Tensor rdP = partition_fragment_C(mma_scores, ShapeScores{});
+    barriers.q_full[stage].wait(ring.phase);
+    issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, stage), rS);
+    barriers.dout_full[stage].wait(ring.phase);
+    issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rS);
+    exponentiate<Traits>(params, shared.lse_log2[stage], rS);
+    if constexpr (!kPlain) mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdP);
+
+    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
+    // As register operands P^T and dS^T have their accumulators' elements in the same order.
+    using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
+    Tensor rP = make_tensor<Element>(LayoutA{});
+    Tensor rdS = make_tensor<Element>(LayoutA{});
+    differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
+    write_ds(writer, ds_stage, rdS, rS.layout());
+    __syncwarp();
+    arrive_warp(barriers.ds_full[ds_stage]);
+    issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
+    barriers.ds_full[ds_stage].wait(ds_ring.phase);
+    Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
+    issue_dq<Traits>(operands, ds_stage, 0, rdQ);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdV);
+    arrive_warp(barriers.dout_empty[stage]);
+    issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
+    warpgroup_wait<1>();
+    warpgroup_fence_operand(rdQ);
+    arrive_warp(barriers.ds_empty[ds_stage]);
+
+    adder.begin(at.m_block, at.block);
+    adder.add(rdQ, at.block, 0);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdK);
+    arrive_warp(barriers.q_empty[stage]);
+    ring.advance();
+    ds_ring.advance();
+  };
+  start_gradients(rdK, rdV);
+  for_each_step(at, plain, step);
+  adder.finish();
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,190 @@
+// Consumers that share a block of 64 keys, for head dimensions whose dK and dV do not fit one
+// consumer's registers together: the first computes S, P and dV, the second dP, dS and dK, and each
+// half of dQ.
+//
+// P goes from the first to the second in float32, in the order of their registers, and dS from the
+// second to both as dQ's operand. The first runs ahead: it multiplies for dQ a step late, when dS
+// has long been there.
+#pragma once
+
+#include "backward/mma.cuh"
+
+namespace hopper_attention {
+
+// All slices of one consumer's part of one step's dQ. Waits for its products.
+template <class Traits, class Operands, class Adder>
+CUTE_DEVICE void multiply_dq(Operands const& operands, EmptyBarrier& ds_empty, int ds_stage,
+                             int m_block, std::int64_t block, Adder& adder) {
+  using namespace cute;
+  adder.begin(m_block, block);
+  CUTE_UNROLL
+  for (int slice = 0; slice < Traits::kDqSlices; ++slice) {
+    Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
+    issue_dq<Traits>(operands, ds_stage, slice, rdQ);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdQ);
+    if (slice == Traits::kDqSlices - 1) arrive_warp(ds_empty);
+    adder.add(rdQ, block, slice);
+  }
+}
+
+// A thread's P in the buffer between the two, 16 bytes at a time.
+template <class Traits>
+CUTE_DEVICE float4* p_buffer(typename Traits::SharedStorage& shared, int thread) {
+  return reinterpret_cast<float4*>(shared.p) + thread;
+}
+
+// The first consumer.
+template <class Traits, class GradientV>
+CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& tile,
+                                   typename Traits::SharedStorage& shared, int thread,
+                                   GradientV& rdV) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  auto& barriers = shared.barriers;
+  typename Traits::MmaScores mma_scores;
+  typename Traits::MmaDv mma_dv;
+  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
+  Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
+  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
+  auto slice_scores = mma_scores.get_thread_slice(0);
+  Tensor tSrK = slice_scores.partition_fragment_A(sK);                           // (MMA, 1, d/16)
+  Tensor tSrQ = slice_scores.partition_fragment_B(sQ);                   // (MMA, 1, d/16, stages)
+  Tensor tVrdO = mma_dv.get_thread_slice(0).partition_fragment_B(sdOt);  // (MMA, 1, m/16, stages)
+  auto operands = dq_operands<Traits>(shared, 0);
+  auto adder = make_dq_adder<Traits>(params, tile, shared, 0, thread);
+
+  const int first_key = tile.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
+  const BlockRange plain = plain_steps<Traits>(params.mask, tile);
+  Ring<Traits::kStages> ring;
+  Ring<Traits::kDsStages> ds_ring;
+  std::uint32_t p_phase = 0;
+  int late_m_block = -1;  // the step whose dQ is still to be multiplied; none yet
+  std::int64_t late_block = 0;
+  auto multiply = [&] {
+    barriers.ds_full[ds_ring.stage].wait(ds_ring.phase);
+    multiply_dq<Traits>(operands, barriers.ds_empty[ds_ring.stage], ds_ring.stage, late_m_block,
+                        late_block, adder);
+    ds_ring.advance();
+  };
+
+  QuerySteps at(params, tile);
+  if (!at.done()) barriers.k_full.wait(0);
+  auto step = [&](auto kPlain) {
+    const int stage = ring.stage;
+    Tensor rS =
+        partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
+    barriers.q_full[stage].wait(ring.phase);
+    issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, stage), rS);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rS);
+    exponentiate<Traits>(params, shared.lse_log2[stage], rS);
+    arrive_warp(barriers.q_empty[stage]);
+    if constexpr (!kPlain) mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+    barriers.p_empty.wait(p_phase ^ 1);
+    float4* to = p_buffer<Traits>(shared, thread);
+    CUTE_UNROLL
+    for (int i = 0; i < decltype(size(rS))::value; i += 4) {
+      to[i / 4 * kWarpgroupThreads] = make_float4(rS(i), rS(i + 1), rS(i + 2), rS(i + 3));
+    }
+    __syncwarp();
+    arrive_warp(barriers.p_full);
+    p_phase ^= 1;
+
+    Tensor rP =
+        make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>{});
+    convert_fragment<Element>(rS, rP);
+    barriers.dout_full[stage].wait(ring.phase);
+    issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
+    // Behind dV's product on the tensor cores: its wait is for dV too.
+    if (late_m_block >= 0) multiply();
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdV);
+    arrive_warp(barriers.dout_empty[stage]);
+    late_m_block = at.m_block;
+    late_block = at.block;
+    ring.advance();
+  };
+  start_gradients(rdV);
+  for_each_step(at, plain, step);
+  if (late_m_block >= 0) multiply();
+  adder.finish();
+}
+
+// dS = P * (dP - delta) in 16 bits, from the P of the first consumer.
+template <class Traits, class Scores, class Operand>
+CUTE_DEVICE void take_p(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                        int stage, int thread, Scores const& dp, Operand& ds16) {
+  const float4* from = p_buffer<Traits>(shared, thread);
+  CUTE_UNROLL
+  for (int i = 0; i < decltype(cute::size(dp))::value; i += 4) {
+    round_ds<Traits>(params, shared.delta[stage], shared.lse_log2[stage],
+                     from[i / 4 * kWarpgroupThreads], dp, i, ds16);
+  }
+}
+
+// The second consumer.
+template <class Traits, class GradientK>
+CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& tile,
+                                 typename Traits::SharedStorage& shared, int thread,
+                                 GradientK& rdK) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  auto& barriers = shared.barriers;
+  typename Traits::MmaScores mma_scores;
+  typename Traits::MmaDk mma_dk;
+  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
+  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
+  Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
+  auto slice_scores = mma_scores.get_thread_slice(0);
+  Tensor tPrV = slice_scores.partition_fragment_A(sV);                 // (MMA, 1, dv/16)
+  Tensor tPrdO = slice_scores.partition_fragment_B(sdO);               // (MMA, 1, dv/16, stages)
+  Tensor tKrQ = mma_dk.get_thread_slice(0).partition_fragment_B(sQt);  // (MMA, 1, m/16, stages)
+  auto operands = dq_operands<Traits>(shared, kWarpgroupThreads);
+  auto writer = ds_writer<Traits>(shared, thread);
+  auto adder = make_dq_adder<Traits>(params, tile, shared, 1, thread);
+
+  Ring<Traits::kStages> ring;
+  Ring<Traits::kDsStages> ds_ring;
+  std::uint32_t p_phase = 0;
+  QuerySteps at(params, tile);
+  if (!at.done()) {
+    barriers.v_full.wait(0);
+    barriers.k_full.wait(0);
+  }
+  start_gradients(rdK);
+  for (; !at.done(); at.advance()) {
+    const int stage = ring.stage, ds_stage = ds_ring.stage;
+    Tensor rdP =
+        partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
+    barriers.dout_full[stage].wait(ring.phase);
+    issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
+    barriers.q_full[stage].wait(ring.phase);  // LSE comes with Q
+    barriers.p_full.wait(p_phase);
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdP);
+    Tensor rdS =
+        make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>{});
+    take_p<Traits>(params, shared, stage, thread, rdP, rdS);
+    __syncwarp();
+    arrive_warp(barriers.p_empty);
+    arrive_warp(barriers.dout_empty[stage]);  // delta came with dO
+    p_phase ^= 1;
+
+    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
+    write_ds(writer, ds_stage, rdS, rdP.layout());
+    __syncwarp();
+    arrive_warp(barriers.ds_full[ds_stage]);
+    issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
+    barriers.ds_full[ds_stage].wait(ds_ring.phase);
+    multiply_dq<Traits>(operands, barriers.ds_empty[ds_stage], ds_stage, at.m_block, at.block,
+                        adder);
+    warpgroup_fence_operand(rdK);
+    arrive_warp(barriers.q_empty[stage]);
+    ring.advance();
+    ds_ring.advance();
+  }
+  adder.finish();
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,122 @@
+// What runs before the main kernel: delta, LSE in base 2, zeros where it adds.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cmath>
+
+#include "backward/params.h"
+
+namespace hopper_attention {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr float kLog2E = 1.442695040888963407f;
+
+__device__ float2 widen(__half2 x) { return __half22float2(x); }
+__device__ float2 widen(__nv_bfloat162 x) { return __bfloat1622float2(x); }
+
+// The dot product of eight neighbours.
+template <class Pair>
+__device__ float dot(uint4 const& a, uint4 const& b) {
+  const Pair* x = reinterpret_cast<const Pair*>(&a);
+  const Pair* y = reinterpret_cast<const Pair*>(&b);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float2 u = widen(x[i]), w = widen(y[i]);
+    sum = fmaf(u.x, w.x, fmaf(u.y, w.y, sum));
+  }
+  return sum;
+}
+
+__device__ uint4 load(StridedTensor const& tensor, int batch, int row, int head, int column) {
+  const std::int64_t offset =
+      batch * tensor.stride_batch + row * tensor.stride_seq + head * tensor.stride_head + column;
+  return *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
+}
+
+// A block a block of queries; kLanes threads a row.
+template <class Pair, int kLanes>
+__global__ void __launch_bounds__(kThreads)
+    preprocess_kernel(__grid_constant__ const PreprocessParams params) {
+  const int m_block = blockIdx.x % params.num_m_blocks;
+  const int pair = blockIdx.x / params.num_m_blocks;  // batch * heads + head
+  const int head = pair % params.heads, batch = pair / params.heads;
+  const int tile_m = params.dq_layout.tile_m;
+  const std::int64_t block = blockIdx.x;
+
+  const int dq_groups = params.dq_layout.elements() / 4;
+  float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
+  for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
+  if (params.workspace.turns != nullptr && threadIdx.x < params.turns) {
+    params.workspace.turns[block * params.turns + threadIdx.x] = 0;
+  }
+
+  const int column = threadIdx.x % kLanes * 8;
+  for (int local = threadIdx.x / kLanes; local < tile_m; local += kThreads / kLanes) {
+    const int row = m_block * tile_m + local;
+    const bool exists = row < params.seqlen_q;
+    float delta = 0.0f;
+    if (exists && column < params.head_dim_v) {
+      delta = dot<Pair>(load(params.out, batch, row, head, column),
+                        load(params.dout, batch, row, head, column));
+    }
+#pragma unroll
+    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+      // tile_m is a multiple of 16 and a warp's rows are at most 4: it is here as a whole.
+      delta += __shfl_xor_sync(0xffffffff, delta, lanes);
+    }
+    if (column != 0) continue;
+    const std::int64_t from = static_cast<std::int64_t>(pair) * params.seqlen_q + row;
+    const std::int64_t to = block * tile_m + local;
+    const float lse = exists ? params.lse[from] : -INFINITY;
+    if (exists && params.dlse != nullptr) delta -= params.dlse[from];
+    params.workspace.lse_log2[to] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+    params.workspace.delta[to] = delta;
+  }
+}
+
+template <class Pair>
+void launch(const PreprocessParams& params, int grid, cudaStream_t stream) {
+  if (params.head_dim_v <= 64) {
+    preprocess_kernel<Pair, 8><<<grid, kThreads, 0, stream>>>(params);
+  } else if (params.head_dim_v <= 128) {
+    preprocess_kernel<Pair, 16><<<grid, kThreads, 0, stream>>>(params);
+  } else {
+    preprocess_kernel<Pair, 32><<<grid, kThreads, 0, stream>>>(params);
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    zero_kernel(StridedTensor tensor, int seqlen, int heads, int chunks, std::int64_t total) {
+  const std::int64_t i = blockIdx.x * std::int64_t(kThreads) + threadIdx.x;
+  if (i >= total) return;
+  const std::int64_t head = i / chunks, row = head / heads, batch = row / seqlen;
+  const std::int64_t offset = batch * tensor.stride_batch + row % seqlen * tensor.stride_seq +
+                              head % heads * tensor.stride_head + i % chunks * 8;
+  *reinterpret_cast<uint4*>(static_cast<std::uint16_t*>(tensor.data) + offset) = uint4{};
+}
+
+}  // namespace
+
+cudaError_t launch_zero(const StridedTensor& tensor, int batch, int seqlen, int heads, int head_dim,
+                        cudaStream_t stream) {
+  const int chunks = head_dim / 8;
+  const std::int64_t total = std::int64_t(batch) * seqlen * heads * chunks;
+  if (total == 0) return cudaSuccess;
+  zero_kernel<<<static_cast<unsigned int>((total + kThreads - 1) / kThreads), kThreads, 0,
+                stream>>>(tensor, seqlen, heads, chunks, total);
+  return cudaPeekAtLastError();
+}
+
+cudaError_t launch_preprocess(const PreprocessParams& params, cudaStream_t stream) {
+  const int grid = params.num_m_blocks * params.heads * params.batch;
+  if (params.bfloat16) {
+    launch<__nv_bfloat162>(params, grid, stream);
+  } else {
+    launch<__half2>(params, grid, stream);
+  }
+  return cudaPeekAtLastError();
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,153 @@
+#include "backward/problem.h"
+
+#include <climits>
+
+#include "forward/problem.h"
+#include "hopper_attention/backward_budget.h"
+
+namespace hopper_attention {
+namespace {
+
+constexpr float kLog2E = 1.442695040888963407f;
+constexpr std::uint64_t kWorkspaceAlignment = 128;
+
+struct TensorField {
+  const char* name;
+  const void* data;
+  std::int64_t strides[3];  // batch, seq, head
+  int sizes[3];
+};
+
+Status check_tensor(const TensorField& tensor) {
+  static constexpr const char* kDims[] = {"batch", "seq", "head"};
+  for (int size : tensor.sizes) {
+    if (size == 0) return {};  // never touched
+  }
+  const std::string name = tensor.name;
+  if (tensor.data == nullptr) return Status::invalid(name + " is null");
+  if (reinterpret_cast<std::uintptr_t>(tensor.data) % 16 != 0) {
+    return Status::invalid(name + " is not aligned to 16 bytes");
+  }
+  for (int i = 0; i < 3; ++i) {
+    const std::int64_t stride = tensor.strides[i];
+    if (tensor.sizes[i] == 1) continue;  // never taken
+    if (stride % 8 != 0 || stride < 0 || stride >= (1ll << 39)) {
+      return Status::invalid(name + "_stride_" + kDims[i] + " is " + std::to_string(stride) +
+                             "; allowed are multiples of 8 elements (16 bytes) from 0 to 2^39");
+    }
+  }
+  return {};
+}
+
+Status check_vector(const char* name, const void* data) {
+  if (reinterpret_cast<std::uintptr_t>(data) % 4 == 0) return {};
+  return Status::invalid(std::string(name) + " is not aligned to 4 bytes");
+}
+
+std::uint64_t align(std::uint64_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+int count_blocks(int length, int tile) {
+  return static_cast<int>((static_cast<std::int64_t>(length) + tile - 1) / tile);
+}
+
+}  // namespace
+
+Status check_backward_shape(const hopper_attention_backward_args& args) {
+  if (args.dtype != HOPPER_ATTENTION_FLOAT16 && args.dtype != HOPPER_ATTENTION_BFLOAT16) {
+    return Status::invalid("dtype is " + std::to_string(args.dtype) +
+                           "; allowed are 0 (float16) and 1 (bfloat16)");
+  }
+  hopper_attention_forward_args forward{};
+  forward.dtype = args.dtype;
+  forward.batch = args.batch;
+  forward.seqlen_q = args.seqlen_q;
+  forward.seqlen_k = args.seqlen_k;
+  forward.heads = args.heads;
+  forward.heads_kv = args.heads_kv;
+  forward.head_dim = args.head_dim;
+  forward.head_dim_v = args.head_dim_v;
+  forward.softmax_scale = args.softmax_scale;
+  forward.softcap = args.softcap;
+  forward.causal = args.causal;
+  forward.window_left = args.window_left;
+  forward.window_right = args.window_right;
+  return check_forward_shape(forward);
+}
+
+Status check_backward_tensors(const hopper_attention_backward_args& a) {
+  const int b = a.batch, s_q = a.seqlen_q, s_k = a.seqlen_k, h = a.heads, h_kv = a.heads_kv;
+  const TensorField tensors[] = {
+      {"q", a.q, {a.q_stride_batch, a.q_stride_seq, a.q_stride_head}, {b, s_q, h}},
+      {"k", a.k, {a.k_stride_batch, a.k_stride_seq, a.k_stride_head}, {b, s_k, h_kv}},
+      {"v", a.v, {a.v_stride_batch, a.v_stride_seq, a.v_stride_head}, {b, s_k, h_kv}},
+      {"out", a.out, {a.out_stride_batch, a.out_stride_seq, a.out_stride_head}, {b, s_q, h}},
+      {"dout", a.dout, {a.dout_stride_batch, a.dout_stride_seq, a.dout_stride_head}, {b, s_q, h}},
+      {"dq", a.dq, {a.dq_stride_batch, a.dq_stride_seq, a.dq_stride_head}, {b, s_q, h}},
+      {"dk", a.dk, {a.dk_stride_batch, a.dk_stride_seq, a.dk_stride_head}, {b, s_k, h_kv}},
+      {"dv", a.dv, {a.dv_stride_batch, a.dv_stride_seq, a.dv_stride_head}, {b, s_k, h_kv}}};
+  for (const TensorField& tensor : tensors) {
+    if (Status status = check_tensor(tensor); !status.ok()) return status;
+  }
+  const bool rows = b > 0 && s_q > 0 && h > 0;
+  if (rows && a.lse == nullptr) return Status::invalid("lse is null");
+  if (Status status = check_vector("lse", a.lse); !status.ok()) return status;
+  if (Status status = check_vector("dlse", a.dlse); !status.ok()) return status;
+  const bool aligned = reinterpret_cast<std::uintptr_t>(a.workspace) % kWorkspaceAlignment == 0;
+  if (rows && (a.workspace == nullptr || !aligned)) {
+    return Status::invalid("workspace is null or not aligned to 128 bytes");
+  }
+  return {};
+}
+
+Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan) {
+  plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
+                         args.window_right);
+  const bool capped = args.softcap > 0.0f;
+  plan->scale_log2 = args.softmax_scale * kLog2E;
+  plan->cap_log2 = capped ? args.softcap * kLog2E : 0.0f;
+  plan->inner_scale = capped ? args.softmax_scale / args.softcap : 0.0f;
+
+  const HeadDims dims = tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
+  const bool full = plan->mask.full() && !capped;
+  plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
+               full ? MaskKind::kFull : MaskKind::kMasked};
+  plan->config = make_backward_config(plan->key);
+  plan->dq_layout = make_dq_layout(plan->config);
+
+  const int n_blocks = count_blocks(args.seqlen_k, plan->config.tile_n);
+  plan->num_m_blocks = count_blocks(args.seqlen_q, plan->config.tile_m);
+  const double query_blocks = static_cast<double>(plan->num_m_blocks) * args.heads * args.batch;
+  const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * args.batch;
+  if (query_blocks > INT_MAX || key_blocks > INT_MAX) {
+    return Status::invalid("batch x heads x seqlen is too large: more than 2^31 tiles of " +
+                           std::to_string(plan->config.tile_m) + " queries or " +
+                           std::to_string(plan->config.tile_n) + " keys");
+  }
+  plan->query_grid = plan->num_m_blocks * args.heads * args.batch;
+  plan->key_grid = n_blocks * args.heads_kv * args.batch;
+  // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
+  const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
+  const std::int64_t streamed = static_cast<std::int64_t>(args.seqlen_q) * group *
+                                (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
+  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, args.batch, plan->config.tile_n,
+                                !full, streamed, 1);
+  return {};
+}
+
+WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool deterministic) {
+  const std::uint64_t blocks = static_cast<std::uint64_t>(plan.query_grid);
+  const std::uint64_t rows = blocks * plan.config.tile_m;
+  WorkspaceLayout layout{};
+  layout.lse_log2 = align(blocks * plan.dq_layout.elements() * sizeof(float));
+  layout.delta = layout.lse_log2 + align(rows * sizeof(float));
+  layout.turns = layout.delta + align(rows * sizeof(float));
+  layout.bytes = layout.turns;
+  if (deterministic) {
+    layout.bytes += align(blocks * turns_per_block(plan.config) * sizeof(unsigned int));
+  }
+  return layout;
+}
+
+}  // namespace hopper_attention

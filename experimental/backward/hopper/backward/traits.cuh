@@ -1,0 +1,163 @@
+// Everything that a backward config settles at compile time: layouts, MMA atoms, shared storage.
+//
+// All products have K's rows, the keys, or dQ's as the tile's M. With a block's keys as rows, P and
+// dS come out of S^T = K Q^T and dP^T = V dO^T as the register operands of dV = P^T dO and
+// dK = dS^T Q; only dQ = dS K, which sums over the keys of all consumers, reads dS from shared
+// memory.
+#pragma once
+
+#include <cute/atom/mma_atom.hpp>
+#include <cute/tensor.hpp>
+
+#include "common/barriers.cuh"
+#include "hopper_attention/backward_budget.h"
+#include "hopper_attention/dq_layout.h"
+
+namespace hopper_attention {
+
+// Instance is a struct with `static constexpr BackwardConfig kConfig`.
+template <class Instance>
+struct BackwardTraits {
+  static constexpr BackwardConfig kConfig = Instance::kConfig;
+  static_assert(config_error(kConfig) == nullptr, "a config that cannot be built");
+
+  using Element =
+      cute::conditional_t<kConfig.key.dtype == Dtype::kFloat16, cute::half_t, cute::bfloat16_t>;
+  static constexpr int kTileM = kConfig.tile_m;
+  static constexpr int kTileN = kConfig.tile_n;
+  static constexpr int kHeadDim = kConfig.key.head_dim;
+  static constexpr int kHeadDimV = kConfig.key.head_dim_v;
+  static constexpr int kStages = kConfig.stages;
+  static constexpr int kDsStages = kConfig.ds_stages;
+  static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kPaired = is_paired(kConfig);
+  static constexpr DqSplit kDqSplit = kConfig.dq_split;
+  static constexpr int kDqSlices = kConfig.dq_slices;
+  static constexpr bool kDqBulk = kConfig.dq_path == DqPath::kBulk;
+  static constexpr bool kDqTransposed = make_dq_layout(kConfig).transposed();
+  static constexpr int kThreads = num_threads(kConfig);
+  static constexpr int kSlab = slab_columns(kHeadDim, sizeof(Element));  // of Q
+  static constexpr int kSlabK = key_slab_columns(kConfig);
+  static constexpr int kSlabV = slab_columns(kHeadDimV, sizeof(Element));  // of V and dO
+
+  using M = cute::Int<kTileM>;
+  using N = cute::Int<kTileN>;
+  using D = cute::Int<kHeadDim>;
+  using Dv = cute::Int<kHeadDimV>;
+  using Stages = cute::Int<kStages>;
+  using Rows = cute::Int<kConsumerRows>;
+  using Consumers = cute::Int<kConsumers>;
+
+  // Slabs of `columns`, swizzled, one after the other: what TMA's boxes write.
+  template <int columns>
+  using AtomK = cute::conditional_t<
+      columns == 64, cute::GMMA::Layout_K_SW128_Atom<Element>,
+      cute::conditional_t<columns == 32, cute::GMMA::Layout_K_SW64_Atom<Element>,
+                          cute::GMMA::Layout_K_SW32_Atom<Element>>>;
+  template <int columns>
+  using AtomMN = cute::conditional_t<
+      columns == 64, cute::GMMA::Layout_MN_SW128_Atom<Element>,
+      cute::conditional_t<columns == 32, cute::GMMA::Layout_MN_SW64_Atom<Element>,
+                          cute::GMMA::Layout_MN_SW32_Atom<Element>>>;
+  using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D, Stages>{}));
+  using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, Stages>{}));
+  using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D>{}));
+  using LayoutV = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<N, Dv>{}));
+  // The same memory, read as the transpose.
+  using LayoutQt =
+      decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutDot =
+      decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, Stages>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutKt = decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N>{},
+                                                cute::Step<cute::_2, cute::_1>{}));
+  using LayoutDs = decltype(cute::tile_to_shape(AtomK<ds_slab_columns(kTileN)>{},
+                                                cute::Shape<M, N, cute::Int<kDsStages>>{}));
+  using LayoutDst = decltype(cute::composition(
+      LayoutDs{}, cute::make_layout(cute::Shape<N, M, cute::Int<kDsStages>>{},
+                                    cute::Stride<M, cute::_1, cute::Int<kTileM * kTileN>>{})));
+
+  // Consumer i has rows 64 i and on; each of a pair has all of them.
+  using ByRows = cute::Layout<cute::Shape<Consumers, cute::_1, cute::_1>>;
+  using ByKeys =
+      cute::Layout<cute::Shape<cute::conditional_t<kPaired, cute::_1, Consumers>, cute::_1,
+                               cute::_1>>;
+  using ByColumns = cute::Layout<cute::Shape<cute::_1, Consumers, cute::_1>>;
+  // S^T and dP^T
+  using MmaScores = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, M, D>>(), ByKeys{}));
+  using MmaDv = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dv, M>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+      ByKeys{}));
+  using MmaDk = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, D, M>,
+                                 cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
+      ByKeys{}));
+
+  static constexpr auto make_mma_dq() {
+    using namespace cute;
+    if constexpr (kDqSplit == DqSplit::kTransposed) {
+      return make_tiled_mma(
+          GMMA::ss_op_selector<Element, Element, float, Shape<Rows, M, N>, GMMA::Major::MN,
+                               GMMA::Major::K>(),
+          ByRows{});
+    } else if constexpr (kDqSplit == DqSplit::kTransposedRows) {
+      using Part = Int<kTileM / kConsumers>;
+      return make_tiled_mma(
+          GMMA::ss_op_selector<Element, Element, float, Shape<Rows, Part, N>, GMMA::Major::MN,
+                               GMMA::Major::K>(),
+          ByColumns{});
+    } else if constexpr (kDqSplit == DqSplit::kRows) {
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, D, N>,
+                                                 GMMA::Major::K, GMMA::Major::MN>(),
+                            ByRows{});
+    } else {
+      using Columns = Int<kHeadDim / (kConsumers * kDqSlices)>;
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, Columns, N>,
+                                                 GMMA::Major::K, GMMA::Major::MN>(),
+                            ByColumns{});
+    }
+  }
+  using MmaDq = decltype(make_mma_dq());
+  using ShapeDq = cute::conditional_t<kDqTransposed, cute::Shape<D, M>,
+                                      cute::Shape<M, cute::Int<kHeadDim / kDqSlices>>>;  // a slice
+
+  static constexpr int kQElements = kTileM * kHeadDim;
+  static constexpr int kDoElements = kTileM * kHeadDimV;
+  static constexpr int kDsElements = kTileM * kTileN;
+  static constexpr int kDqElements = dq_elements(kConfig) / kConsumers;  // one consumer's
+
+  struct Barriers {
+    FullBarrier k_full;
+    FullBarrier v_full;
+    FullBarrier q_full[kStages];
+    FullBarrier dout_full[kStages];
+    EmptyBarrier q_empty[kStages];
+    EmptyBarrier dout_empty[kStages];
+    EmptyBarrier ds_full[kDsStages];
+    EmptyBarrier ds_empty[kDsStages];
+    EmptyBarrier p_full;
+    EmptyBarrier p_empty;
+    EmptyBarrier dq_full[kConsumers];
+    EmptyBarrier dq_empty[kConsumers];
+  };
+
+  struct alignas(kSharedAlignment) SharedStorage {
+    Element k[kTileN * kHeadDim];   // dK when the block is done
+    Element v[kTileN * kHeadDimV];  // dV likewise
+    Element q[kStages][kQElements];
+    Element dout[kStages][kDoElements];
+    Element ds[kDsStages][kDsElements];
+    float dq[dq_bytes(kConfig) / sizeof(float)];  // a consumer's after the other
+    float p[p_bytes(kConfig) / sizeof(float)];
+    float lse_log2[kStages][kTileM];
+    float delta[kStages][kTileM];
+    Barriers barriers;
+  };
+  static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget counts every byte");
+};
+
+}  // namespace hopper_attention

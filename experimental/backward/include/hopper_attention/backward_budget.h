@@ -1,0 +1,113 @@
+// What a backward config costs: shared-memory bytes, registers and threads.
+#pragma once
+
+#include "hopper_attention/backward_config.h"
+#include "hopper_attention/budget.h"
+
+namespace hopper_attention {
+
+// Of Q, K, V, dO, P and dS: 16 bits.
+inline constexpr int kElementBytes = 2;
+
+constexpr int num_threads(const BackwardConfig& config) {
+  return (config.num_consumers + 1) * kWarpgroupThreads;
+}
+constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
+
+// Columns of one slab of K. dQ by columns reads K in pieces of whole slabs.
+constexpr int key_slab_columns(const BackwardConfig& config) {
+  const int head_dim = config.key.head_dim;
+  const bool by_columns = config.dq_split == DqSplit::kColumns;
+  const int piece = by_columns ? head_dim / (config.num_consumers * config.dq_slices) : head_dim;
+  return slab_columns(piece, kElementBytes);
+}
+
+constexpr int query_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
+}
+constexpr int key_bytes(const BackwardConfig& config) {
+  return config.tile_n * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
+}
+constexpr int ds_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * config.tile_n * kElementBytes;
+}
+constexpr int dq_elements(const BackwardConfig& config) {
+  return config.tile_m * config.key.head_dim;
+}
+// Where a buffer is not needed it has these.
+inline constexpr int kNoBufferBytes = 16;
+constexpr int dq_bytes(const BackwardConfig& config) {
+  return config.dq_path == DqPath::kBulk ? dq_elements(config) * 4 : kNoBufferBytes;
+}
+// P in float32, on its way to the consumer that needs it for dS.
+constexpr int p_bytes(const BackwardConfig& config) {
+  return is_paired(config) ? config.tile_m * config.tile_n * 4 : kNoBufferBytes;
+}
+// LSE and delta of each stage's rows.
+constexpr int statistics_bytes(const BackwardConfig& config) {
+  return 2 * config.stages * config.tile_m * 4;
+}
+// A full and an empty barrier for each stage of Q, dO and dS, for each consumer's dQ and for P; one
+// full barrier for K and one for V; 8 bytes each.
+constexpr int barrier_bytes(const BackwardConfig& config) {
+  return 8 * (2 + 4 * config.stages + 2 * config.ds_stages + 2 * config.num_consumers + 2);
+}
+constexpr int shared_bytes(const BackwardConfig& config) {
+  const int tensors = key_bytes(config) + config.stages * query_stage_bytes(config) +
+                      config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
+                      p_bytes(config);
+  return round_up(tensors + statistics_bytes(config) + barrier_bytes(config), kSharedAlignment);
+}
+
+// Counters of a query block, in global memory, of the key blocks that have added their dQ:
+// consumers that add by themselves take their turns apart.
+constexpr int turns_per_block(const BackwardConfig& config) {
+  return config.dq_path == DqPath::kBulk ? 1 : config.num_consumers;
+}
+
+// Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
+// and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP.
+constexpr int fragment_registers(const BackwardConfig& config) {
+  const int dk = accumulator_registers(config.key.head_dim);
+  const int dv = accumulator_registers(config.key.head_dim_v);
+  const int scores = accumulator_registers(config.tile_m);
+  const int dq =
+      dq_elements(config) / (config.num_consumers * kWarpgroupThreads * config.dq_slices);
+  if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
+  return dk + dv + scores + (dq > scores ? dq : scores);
+}
+
+// Columns of the swizzle atom that spans `columns` of dS: 128, 64 or 32 bytes.
+constexpr int ds_slab_columns(int columns) {
+  return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16;
+}
+
+// Why a config cannot be built; null when it can.
+constexpr const char* config_error(const BackwardConfig& config) {
+  const RegisterSplit split = register_split(config.num_consumers, false);
+  const DqSplit dq_split = config.dq_split;
+  const int all_rows = config.num_consumers * kConsumerRows;
+  if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
+  if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
+  if (!is_paired(config) && config.tile_n != all_rows) return "tile_n: 64 a consumer";
+  if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
+    return "a pair: 2 consumers, tile_n 64";
+  if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
+  if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
+  if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";
+  if (dq_split == DqSplit::kRows && config.tile_m != all_rows)
+    return "dQ by rows: tile_m 64 a consumer";
+  if (dq_split == DqSplit::kColumns && config.tile_m != kConsumerRows)
+    return "dQ by columns: tile_m 64";
+  if (dq_split == DqSplit::kTransposed && config.key.head_dim != all_rows)
+    return "transposed dQ: head_dim 64 a consumer";
+  if (dq_split == DqSplit::kTransposedRows &&
+      (config.key.head_dim != kConsumerRows || config.tile_m % (16 * config.num_consumers) != 0))
+    return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
+  if (config.stages < 1 || config.ds_stages < 1) return "stages";
+  if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
+  if (fragment_registers(config) + 20 > split.consumer) return "registers";
+  return nullptr;
+}
+
+}  // namespace hopper_attention

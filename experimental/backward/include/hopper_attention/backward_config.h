@@ -1,0 +1,92 @@
+// The tuning of the backward kernels, and its reasons: BackwardKey -> BackwardConfig at compile
+// time.
+#pragma once
+
+#include "hopper_attention/config.h"
+#include "hopper_attention/key.h"
+
+namespace hopper_attention {
+
+// kFull: every query sees every key, and scores are used as they are. kMasked serves any request.
+struct BackwardKey {
+  Dtype dtype;
+  int head_dim;    // the tile's: a request runs in the smallest that holds it
+  int head_dim_v;  // likewise
+  MaskKind mask;
+};
+
+constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
+  return a.dtype == b.dtype && a.head_dim == b.head_dim && a.head_dim_v == b.head_dim_v &&
+         a.mask == b.mask;
+}
+
+// What the consumers of a block do.
+enum class Roles : int {
+  kAlike = 0,   // each has kConsumerRows keys of its own: their S, P, dP, dS, dV and dK
+  kPaired = 1,  // two share kConsumerRows keys: S, P and dV are the first's, dP, dS and dK the
+                // second's, which P reaches through shared memory
+};
+
+// How the consumers of a block share the product dQ = dS K, (tile_m x head_dim).
+enum class DqSplit : int {
+  kRows = 0,        // kConsumerRows query rows each
+  kColumns = 1,     // kConsumerRows query rows in all, an equal part of the columns each
+  kTransposed = 2,  // dQ^T = K^T dS^T: kConsumerRows columns each, any number of rows
+  kTransposedRows = 3,  // likewise: kConsumerRows columns in all, an equal part of the rows each
+};
+
+// How dQ reaches its accumulator in global memory.
+enum class DqPath : int {
+  kBulk = 0,    // through shared memory, by the producer's bulk reductions
+  kDirect = 1,  // by the consumers, out of their registers
+};
+
+struct BackwardConfig {
+  BackwardKey key;
+  int tile_m;         // query rows a step
+  int tile_n;         // keys a block: kConsumerRows for each consumer, or for both of a pair
+  int stages;         // buffers of Q, and as many of dO
+  int ds_stages;      // buffers of dS
+  int num_consumers;  // warpgroups that multiply
+  Roles roles;
+  DqSplit dq_split;
+  int dq_slices;  // parts that dQ by columns is computed in, one after the other
+  DqPath dq_path;
+  const char* reason;
+};
+
+// The table of choices, a row a kernel.
+//
+// What bounds these kernels is shared memory's 128 bytes a cycle: a product of 64 x 64 x 16 whose
+// operands both lie there reads as long as it multiplies, and dQ in float32 on its way through it
+// costs as much again as one such product. One with A in registers or a B of more columns leaves
+// time for the rest.
+constexpr BackwardConfig make_backward_config(BackwardKey key) {
+  constexpr Roles kAlike = Roles::kAlike;
+  constexpr Roles kPaired = Roles::kPaired;
+  constexpr DqSplit kColumns = DqSplit::kColumns;
+  constexpr DqSplit kRows = DqSplit::kRows;
+  constexpr DqPath kDirect = DqPath::kDirect;
+  // clang-format off
+  // {key, tile_m, tile_n, stages, dS stages, consumers, roles, dQ's split, slices, path, reason}
+  switch (key.head_dim) {
+    case 64:
+      return {key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect,
+              "S and dP 64 registers each, dK and dV 32 each"};
+    case 96:
+      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kDirect,
+              "S and dP 32 registers each, dK and dV 48 each"};
+    case 128:
+      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kDirect,
+              "64 rows: S and dP 32 registers each beside dK and dV of 64 each"};
+    case 192:
+      return {key, 64, 64, 2, 2, 2, kPaired, kColumns, 1, kDirect,
+              "64 keys for both consumers: dK of 96 registers in one, dV in the other"};
+    default:
+      return {key, 64, 64, 2, 2, 2, kPaired, kColumns, 2, kDirect,
+              "64 keys for both consumers: dK of 128 registers in one, dV in the other; 226 KiB"};
+  }
+  // clang-format on
+}
+
+}  // namespace hopper_attention

@@ -1,0 +1,61 @@
+// Where an element of dQ lies in its fp32 accumulator.
+//
+// The accumulator of one block of queries is tile_m x head_dim numbers in one piece, in the order
+// in which the consumers' threads hold them: 16 bytes a thread at a time. So they reach shared
+// memory without bank conflicts and global memory as one bulk reduction, and only the last kernel,
+// which rounds dQ to 16 bits, needs to know the order.
+#pragma once
+
+#include "hopper_attention/backward_config.h"
+#include "hopper_attention/mask.h"
+
+namespace hopper_attention {
+
+struct DqPosition {
+  int row;
+  int column;
+};
+
+struct DqLayout {
+  DqSplit split;
+  int tile_m;
+  int head_dim;
+  int num_consumers;
+  int slices;  // of kColumns; else 1
+
+  HOPPER_ATTENTION_HD constexpr int elements() const { return tile_m * head_dim; }
+  HOPPER_ATTENTION_HD constexpr bool transposed() const {
+    return split == DqSplit::kTransposed || split == DqSplit::kTransposedRows;
+  }
+
+  // Of the first of four neighbours at 4 * group. The second is one column to its right, the third
+  // and fourth lie eight rows below these two; where dQ is transposed, rows and columns change
+  // places.
+  HOPPER_ATTENTION_HD constexpr DqPosition operator()(int group) const {
+    const int consumer_groups = elements() / (4 * num_consumers);
+    const int consumer = group / consumer_groups;
+    const int within = group % consumer_groups;
+    const int thread = within % 128;
+    const int row = thread / 32 * 16 + thread % 32 / 4;
+    const int column = within / 128 * 8 + thread % 4 * 2;
+    switch (split) {
+      case DqSplit::kRows:
+        return {consumer * 64 + row, column};
+      case DqSplit::kColumns: {
+        const int piece = head_dim / (num_consumers * slices);
+        return {row, (column / piece * num_consumers + consumer) * piece + column % piece};
+      }
+      case DqSplit::kTransposed:
+        return {column, consumer * 64 + row};
+      default:
+        return {consumer * (tile_m / num_consumers) + column, row};
+    }
+  }
+};
+
+constexpr DqLayout make_dq_layout(const BackwardConfig& config) {
+  return {config.dq_split, config.tile_m, config.key.head_dim, config.num_consumers,
+          config.dq_slices};
+}
+
+}  // namespace hopper_attention
