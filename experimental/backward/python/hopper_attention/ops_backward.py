@@ -176,9 +176,7 @@ def _differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
 
 ops._library_fragment.impl("backward", _backward_cuda, "CUDA")
 ops._library_fragment.impl("backward", _backward_cpu, "CPU")
-torch.library.register_fake(
-    "hopper_attention::backward", _backward_fake, lib=ops._library_fragment
-)
+torch.library.register_fake("hopper_attention::backward", _backward_fake, lib=ops._library_fragment)
 torch.library.register_autograd(
     "hopper_attention::forward", _differentiate, setup_context=_save, lib=ops._library_fragment
 )
