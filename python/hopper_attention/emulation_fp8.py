@@ -27,8 +27,9 @@ the float32 sum of short products is that of "DeepSeek-V3" (arXiv:2412.19437).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -170,7 +171,8 @@ def attention_from_16_bits(
     Returns:
         out in q's dtype, and lse, as `attention` returns them.
     """
-    parts = quantize(q, k, v, recipe)
+    with _one_thread():
+        parts = quantize(q, k, v, recipe)
     return attention(
         parts, softmax_scale, causal, window_size, softcap, q.dtype, None, fraction_bits
     )
@@ -293,23 +295,30 @@ def _stays(
 _Result = tuple[torch.Tensor, torch.Tensor]
 
 
-def _for_each_head(compute: Callable[[int, int], _Result], batch: int, heads: int) -> list[_Result]:
-    """The results of compute(b, h) for all, each computed by one of PyTorch's threads.
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """PyTorch with one thread inside; gives the number outside.
 
-    The tensors of one step are small: shared among threads they would take longer, not shorter.
+    The tensors of one step are small: shared among threads they take longer, not shorter, and many
+    times longer where another process has one of the cores.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    try:
+        yield threads
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _for_each_head(compute: Callable[[int, int], _Result], batch: int, heads: int) -> list[_Result]:
+    """The results of compute(b, h) for all, each computed by one of PyTorch's threads."""
 
     def alone(place: int) -> _Result:
         with torch.no_grad():
             return compute(*divmod(place, heads))
 
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(alone, range(batch * heads)))
-    finally:
-        torch.set_num_threads(threads)
+    with _one_thread() as threads, ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(alone, range(batch * heads)))
 
 
 def _product(

@@ -13,9 +13,9 @@ from .formats import Contestant
 from .inputs import AttentionInputs
 from .metrics import ErrorSums
 
-# Elements of score matrix in one piece: float64 makes 128 MiB (CPU) and 2 GiB (GPU) of them, and
+# Elements of score matrix in one piece: float64 makes 256 MiB (CPU) and 2 GiB (GPU) of them, and
 # the reference holds a few such matrices at a time.
-_MAX_SCORES_CPU = 1 << 24
+_MAX_SCORES_CPU = 1 << 25
 _MAX_SCORES_CUDA = 1 << 28
 
 
