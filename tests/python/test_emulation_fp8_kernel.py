@@ -1,4 +1,4 @@
-"""What a kernel's config changes in the emulated FP8 forward: sums by ones, and a late reference."""
+"""What a config changes in the emulated FP8 forward: sums by ones, and a late reference."""
 
 import dataclasses
 import math
