@@ -47,7 +47,7 @@ test-python:
 	$(BIN)/pytest tests/python
 
 test-gpu:
-	$(if $(CARD),$(BIN)/pytest tests/gpu,@echo "No Hopper card: tests/gpu not run.")
+	$(if $(CARD),OMP_NUM_THREADS=2 $(BIN)/pytest tests/gpu -n auto --maxprocesses 8,@echo "No Hopper card: tests/gpu not run.")
 
 # mypy follows PyTorch's types, so the project's requirements must be there too.
 lint-tools:
