@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import readme_fp8
+import readme_training
 from md_tables import MISSING, length, listing, table
 
 import hopper_attention
@@ -40,7 +41,10 @@ STUDY = ROOT / "benchmarks" / "results" / "study_cpu.json"
 EVIDENCE = ROOT / "tests" / "gpu" / "evidence.json"
 TILES = Path(hopper_attention.__file__).parent / "tiles.json"
 CARD_STUDY = ROOT / "benchmarks" / "results" / "study_h200.json"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "fp8.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("architecture", "fp8", "training")),
+)
 FORWARD_PICTURE = ROOT / "docs" / "images" / "forward_h200.png"
 STUDY_PICTURE = ROOT / "docs" / "images" / "study_heads.png"
 RECIPES_PICTURE = ROOT / "docs" / "images" / "fp8_recipes.png"
@@ -264,7 +268,7 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
         sources[name] = (results, partial(make_one, document))
     suites = {record["suite"] for record in document["records"]}
     absent = {name for name, suite in readme_fp8.SUITE_OF.items() if suite not in suites}
-    made, missing = {}, {}
+    made, missing = {"training": readme_training.section()}, {}
     for name, (path, make) in sources.items():
         if path.exists() and name not in absent:
             made[name] = make()
@@ -311,6 +315,7 @@ def main() -> int:
     print(f"{'out of date' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
     if args.check:
         return 1 if stale else 0
+    readme_training.draw()
     if args.results.exists():
         plot_forward(records.load(args.results), FORWARD_PICTURE)
     if STUDY.exists():

@@ -54,6 +54,7 @@ NAMES = [
     "fp8_rmse",
     "fp8_uniform",
     "tiles",
+    "training",
 ]
 
 
@@ -236,3 +237,50 @@ def test_the_tables_of_fp8_accuracy(tables):
     assert "| `fp8` | 1.40e-03 | 1.050 |" in text
     assert "| FlashAttention-3 of vLLM | 1.50e-03 | – |" in text
     assert "| 64 | hopper-attention | -1.23 |" in tables.readme_fp8.uniform(document(*rows))
+
+
+def training(tables, tmp_path):
+    def run(attention, speed, losses):
+        held_out = [[1, losses[0] + 1], [2, losses[1] + 1]]
+        return {
+            "attention": attention,
+            "head_dim": 64,
+            "parameters": 25_300_000,
+            "tokens_per_second": speed,
+            "peak_bytes": 2**31,
+            "losses": losses,
+            "held_out": held_out,
+        }
+
+    settings = {"steps": 2, "batch": 8, "seqlen": 2048, "layers": 8}
+    flags = {"compiled": True, "checkpointing": False, "deterministic": False}
+    document = {
+        "device": "a card",
+        "torch": "2.11",
+        "date": "2026-01-02T",
+        "corpus": {"files": 799, "training_bytes": 12_000_000, "held_out_bytes": 600_000},
+        "settings": settings | flags,
+        "runs": [run("standard", 1e5, [5.0, 3.0]), run("ours", 2.5e5, [5.0, 3.1])],
+    }
+    path = tmp_path / "train.json"
+    tables.readme_training.training_report.save(document, path)
+    return path
+
+
+def test_the_section_of_training(tables, tmp_path):
+    path = training(tables, tmp_path)
+    text = tables.readme_training.section(path)
+    assert "a card, PyTorch 2.11, 2026-01-02: 25.3 million weights in 8 layers, 2 steps of" in text
+    assert "16,384 bytes in sequences of 2,048, blocks compiled by torch.compile; 12.0 MB" in text
+    assert "| 64 | hopper-attention | 250,000 | **2.50** | 2.00 | 4.1000 | +0.1000 |" in text
+    assert "hopper-attention 0.0500." in text  # the mean of both steps
+    assert "](images/training_h200.png)" in text
+    tables.readme_training.draw(path, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_there_may_be_no_training_yet(tables, tmp_path):
+    missing = tmp_path / "none.json"
+    assert tables.readme_training.section(missing) == "No run on a card is stored yet."
+    tables.readme_training.draw(missing, tmp_path / "picture.png")
+    assert not list(tmp_path.iterdir())
