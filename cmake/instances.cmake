@@ -2,9 +2,9 @@
 #
 # A row is a line of the form
 #   HOPPER_ATTENTION_FORWARD(bf16_d128_full, kBfloat16, 128, 128, kFull)
-# and becomes <build>/instances/forward_bf16_d128_full.cu. Rows whose name does not match
-# HOPPER_ATTENTION_INSTANCES are left out. The kept rows go to
-# <build>/instances/compiled_instances.def, the dispatcher's table.
+# and becomes <build>/instances/forward_bf16_d128_full.cu. An instance has its row's name, after
+# "backward_" where it is in the backward pass's table: backward_bf16_d128_full. Those whose name
+# does not match HOPPER_ATTENTION_INSTANCES are left out.
 set(HOPPER_ATTENTION_INSTANCES ".*" CACHE STRING
   "Regular expression on instance names; only the matching ones are compiled")
 
@@ -19,8 +19,10 @@ function(hopper_attention_write path text)
   endif()
 endfunction()
 
-# Sets ${sources} to the generated files. pass is a folder of hopper/, in lower case: forward.
-function(hopper_attention_generate_instances pass sources)
+# pass is a folder of hopper/, in lower case: forward. prefix is what instances' names have before
+# the row's. Writes the kept rows to ${kept_table}, which the dispatcher reads, and sets ${sources} to the
+# generated files, ${all_names} to the names of all rows.
+function(hopper_attention_generate_instances pass prefix kept_table sources all_names)
   set(table "${PROJECT_SOURCE_DIR}/hopper/${pass}/instances.def")
   set(folder "${PROJECT_BINARY_DIR}/instances")
   string(TOUPPER "${pass}" upper)
@@ -41,7 +43,7 @@ function(hopper_attention_generate_instances pass sources)
       message(FATAL_ERROR "${table}: the name ${name} is there twice")
     endif()
     list(APPEND names "${name}")
-    if(NOT name MATCHES "${HOPPER_ATTENTION_INSTANCES}")
+    if(NOT "${prefix}${name}" MATCHES "${HOPPER_ATTENTION_INSTANCES}")
       continue()
     endif()
     set(file "${folder}/${pass}_${name}.cu")
@@ -56,12 +58,10 @@ HOPPER_ATTENTION_DEFINE_${upper}(${name}, ${fields})
 
   list(LENGTH names total)
   list(LENGTH generated count)
-  if(count EQUAL 0)
-    message(FATAL_ERROR
-      "No row of ${table} has a name that matches HOPPER_ATTENTION_INSTANCES="
-      "${HOPPER_ATTENTION_INSTANCES}. The names are: ${names}")
-  endif()
   message(STATUS "Kernels: ${count} of ${total} ${pass} instances")
+  hopper_attention_write("${folder}/${kept_table}"
+    "// Generated: the rows that this build compiles.\n${kept}")
+  list(TRANSFORM names PREPEND "${prefix}")
   set(${sources} "${generated}" PARENT_SCOPE)
-  set(${sources}_rows "${kept}" PARENT_SCOPE)
+  set(${all_names} "${names}" PARENT_SCOPE)
 endfunction()

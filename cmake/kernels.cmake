@@ -11,14 +11,21 @@ function(hopper_attention_log_compile target)
   endforeach()
 endfunction()
 
-hopper_attention_generate_instances(forward forward_instances)
-hopper_attention_write("${PROJECT_BINARY_DIR}/instances/compiled_instances.def"
-  "// Generated: the rows that this build compiles.\n${forward_instances_rows}")
+hopper_attention_generate_instances(
+  forward "" compiled_instances.def forward_instances forward_names)
+hopper_attention_generate_instances(
+  backward "backward_" compiled_backward_instances.def backward_instances backward_names)
+if(NOT forward_instances AND NOT backward_instances)
+  message(FATAL_ERROR
+    "No instance has a name that matches HOPPER_ATTENTION_INSTANCES="
+    "${HOPPER_ATTENTION_INSTANCES}. The names are: ${forward_names};${backward_names}")
+endif()
 
 file(GLOB_RECURSE hopper_attention_sources CONFIGURE_DEPENDS
   "${PROJECT_SOURCE_DIR}/hopper/*.cpp" "${PROJECT_SOURCE_DIR}/hopper/*.cu")
 
-add_library(hopper_attention SHARED ${hopper_attention_sources} ${forward_instances})
+add_library(hopper_attention SHARED ${hopper_attention_sources}
+  ${forward_instances} ${backward_instances})
 target_include_directories(hopper_attention
   PUBLIC include
   PRIVATE hopper "${PROJECT_BINARY_DIR}/instances")

@@ -5,19 +5,18 @@
 
 #include <array>
 #include <cstdint>
-#include <memory>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "bindings.h"
 #include "hopper_attention/abi.h"
+#include "prepared.h"
 
 namespace py = pybind11;
 
 namespace {
 
-using Pointer = std::uintptr_t;
 using Strides = std::array<std::int64_t, 3>;  // elements: batch, sequence, head
 
 hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int seqlen_k, int heads,
@@ -48,62 +47,36 @@ hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int s
   return args;
 }
 
-constexpr Py_ssize_t kNumAddresses = 7;
+struct ForwardCall {
+  using Args = hopper_attention_forward_args;
+  static constexpr Py_ssize_t kNumAddresses = 7;
+  static constexpr const char* kName = "prepared_forward";
+  static constexpr const char* kDoc =
+      "Enqueue the forward kernel: q, k, v, out, lse, workspace, stream.";
 
-void set_addresses(const Pointer (&addresses)[kNumAddresses], hopper_attention_forward_args* args) {
-  args->q = reinterpret_cast<const void*>(addresses[0]);
-  args->k = reinterpret_cast<const void*>(addresses[1]);
-  args->v = reinterpret_cast<const void*>(addresses[2]);
-  args->out = reinterpret_cast<void*>(addresses[3]);
-  args->lse = reinterpret_cast<float*>(addresses[4]);
-  args->workspace = reinterpret_cast<void*>(addresses[5]);
-  args->stream = reinterpret_cast<void*>(addresses[6]);
-}
+  static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
+    args->q = reinterpret_cast<const void*>(addresses[0]);
+    args->k = reinterpret_cast<const void*>(addresses[1]);
+    args->v = reinterpret_cast<const void*>(addresses[2]);
+    args->out = reinterpret_cast<void*>(addresses[3]);
+    args->lse = reinterpret_cast<float*>(addresses[4]);
+    args->workspace = reinterpret_cast<void*>(addresses[5]);
+    args->stream = reinterpret_cast<void*>(addresses[6]);
+  }
+  static hopper_attention_status run(const Args* args) { return hopper_attention_forward(args); }
+};
 
 template <class... Shape>
 void forward(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
              Pointer stream, Shape... shape) {
   hopper_attention_forward_args args = describe(shape...);
-  set_addresses({q, k, v, out, lse, workspace, stream}, &args);
+  ForwardCall::set_addresses({q, k, v, out, lse, workspace, stream}, &args);
   raise_on_failure(hopper_attention_forward(&args));
 }
 
-// A call whose shape is settled: what is left are the addresses. It speaks CPython's own
-// convention, since pybind11's conversion of the arguments takes as long as the rest of the call
-// but its launch. self is a capsule with the arguments; threads may share it, so each works on a
-// copy.
-PyObject* run_prepared(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kNumAddresses) {
-    return PyErr_Format(PyExc_TypeError, "a prepared call takes %zd addresses, got %zd",
-                        kNumAddresses, count);
-  }
-  const void* const prepared = PyCapsule_GetPointer(self, nullptr);
-  if (prepared == nullptr) return nullptr;
-  auto args = *static_cast<const hopper_attention_forward_args*>(prepared);
-  Pointer addresses[kNumAddresses];
-  for (Py_ssize_t i = 0; i < kNumAddresses; ++i) {
-    addresses[i] = PyLong_AsSize_t(arguments[i]);
-    if (addresses[i] == static_cast<Pointer>(-1) && PyErr_Occurred()) return nullptr;
-  }
-  set_addresses(addresses, &args);
-  if (set_error(hopper_attention_forward(&args))) return nullptr;
-  Py_RETURN_NONE;
-}
-
-PyMethodDef run_prepared_definition = {
-    "prepared_forward", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&run_prepared)),
-    METH_FASTCALL, "Enqueue the forward kernel: q, k, v, out, lse, workspace, stream."};
-
 template <class... Shape>
 py::object prepare(Shape... shape) {
-  auto args = std::make_unique<hopper_attention_forward_args>(describe(shape...));
-  const py::capsule self(args.get(), [](void* prepared) {
-    delete static_cast<hopper_attention_forward_args*>(prepared);
-  });
-  args.release();
-  PyObject* const function = PyCFunction_New(&run_prepared_definition, self.ptr());
-  if (function == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(function);
+  return make_prepared<ForwardCall>(describe(shape...));
 }
 
 template <class... Shape>
@@ -123,9 +96,11 @@ void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
 }
 
 std::vector<std::string> instances() {
-  std::istringstream lines(hopper_attention_instances());
   std::vector<std::string> names;
-  for (std::string line; std::getline(lines, line);) names.push_back(line);
+  for (const char* listed : {hopper_attention_instances(), hopper_attention_backward_instances()}) {
+    std::istringstream lines(listed);
+    for (std::string line; std::getline(lines, line);) names.push_back(line);
+  }
   return names;
 }
 
@@ -135,6 +110,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "The C interface of libhopper_attention, with integers for pointers.";
   bind(module, &describe);
   module.def("workspace_bytes", &hopper_attention_forward_workspace_bytes);
+  bind_backward(module);
   bind_quantize(module);
   bind_forward_fp8(module);
   module.def("version", &hopper_attention_version);

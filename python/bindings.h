@@ -19,5 +19,6 @@ inline void raise_on_failure(hopper_attention_status status) {
   if (set_error(status)) throw pybind11::error_already_set();
 }
 
+void bind_backward(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
 void bind_forward_fp8(pybind11::module_& module);

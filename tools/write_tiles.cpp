@@ -1,7 +1,9 @@
-// Writes tiles.json: what config.h chooses for every row of hopper/forward/instances.def.
-// The emulation reads its tile sizes there, so that it and the kernels cannot disagree.
+// Writes tiles.json: what config.h chooses for every row of hopper/forward/instances.def. The
+// emulation reads its tile sizes there, so that it and the kernels cannot disagree. Likewise, where
+// a second name is given, backward_tiles.json from backward_config.h.
 #include <cstdio>
 
+#include "hopper_attention/backward_budget.h"
 #include "hopper_attention/budget.h"
 #include "hopper_attention/fp8.h"
 
@@ -19,6 +21,18 @@ constexpr Instance kInstances[] = {
   {#name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}},
 #include "forward/instances.def"
 #undef HOPPER_ATTENTION_FORWARD
+};
+
+struct BackwardInstance {
+  const char* name;
+  BackwardKey key;
+};
+
+constexpr BackwardInstance kBackwardInstances[] = {
+#define HOPPER_ATTENTION_BACKWARD(name, dtype, head_dim, head_dim_v, mask) \
+  {"backward_" #name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}},
+#include "backward/instances.def"
+#undef HOPPER_ATTENTION_BACKWARD
 };
 
 // The fewest keys of a request that a row serves; one with fewer runs in the masked row.
@@ -42,25 +56,41 @@ void write_row(std::FILE* file, const Instance& instance, bool last) {
                is_fp8(instance.key.dtype) ? kOffsetLog2 : 0, last ? "" : ",");
 }
 
+void write_row(std::FILE* file, const BackwardInstance& instance, bool last) {
+  const BackwardConfig config = make_backward_config(instance.key);
+  std::fprintf(file,
+               "  {\"name\": \"%s\", \"dtype\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, "
+               "\"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, \"stages\": %d, "
+               "\"num_consumers\": %d, \"paired\": %s, \"smem_bytes\": %d, \"reason\": \"%s\"}%s\n",
+               instance.name, name_of(instance.key.dtype), instance.key.head_dim,
+               instance.key.head_dim_v, name_of(instance.key.mask), config.tile_m, config.tile_n,
+               config.stages, config.num_consumers, is_paired(config) ? "true" : "false",
+               shared_bytes(config), config.reason, last ? "" : ",");
+}
+
+template <class Row, std::size_t size>
+bool write_table(const char* path, const Row (&rows)[size]) {
+  std::FILE* file = std::fopen(path, "w");
+  if (file == nullptr) {
+    std::fprintf(stderr, "write_tiles: cannot open %s for writing\n", path);
+    return false;
+  }
+  std::fputs("[\n", file);
+  for (const Row& row : rows) write_row(file, row, &row == &rows[size - 1]);
+  std::fputs("]\n", file);
+  if (std::fclose(file) == 0) return true;
+  std::fprintf(stderr, "write_tiles: cannot write %s\n", path);
+  return false;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::fprintf(stderr, "usage: write_tiles FILE\n");
+  if (argc != 2 && argc != 3) {
+    std::fprintf(stderr, "usage: write_tiles FILE [BACKWARD_FILE]\n");
     return 2;
   }
-  std::FILE* file = std::fopen(argv[1], "w");
-  if (file == nullptr) {
-    std::fprintf(stderr, "write_tiles: cannot open %s for writing\n", argv[1]);
-    return 1;
-  }
-  std::fputs("[\n", file);
-  const Instance* const end = kInstances + sizeof(kInstances) / sizeof(kInstances[0]);
-  for (const Instance* row = kInstances; row != end; ++row) write_row(file, *row, row + 1 == end);
-  std::fputs("]\n", file);
-  if (std::fclose(file) != 0) {
-    std::fprintf(stderr, "write_tiles: cannot write %s\n", argv[1]);
-    return 1;
-  }
+  if (!write_table(argv[1], kInstances)) return 1;
+  if (argc == 3 && !write_table(argv[2], kBackwardInstances)) return 1;
   return 0;
 }

@@ -125,7 +125,7 @@ HOPPER_ATTENTION_API hopper_attention_status hopper_attention_explain_forward(
 // The sentence for this thread's last failure; empty when there was none.
 HOPPER_ATTENTION_API const char* hopper_attention_last_error(void);
 
-// "0.1.0", and the names of the compiled instances separated by newlines.
+// "0.1.0", and the names of the compiled forward instances separated by newlines.
 HOPPER_ATTENTION_API const char* hopper_attention_version(void);
 HOPPER_ATTENTION_API const char* hopper_attention_instances(void);
 
@@ -133,4 +133,5 @@ HOPPER_ATTENTION_API const char* hopper_attention_instances(void);
 }
 #endif
 
+#include "hopper_attention/abi_backward.h"  // the gradients
 #include "hopper_attention/abi_quantize.h"  // the FP8 quantizer

@@ -1,4 +1,5 @@
-// Which key blocks a block of queries visits, and which of them need a mask.
+// Which key blocks a block of queries visits, and which of them need a mask; and the other way
+// round: which query blocks a block of keys is seen by.
 #pragma once
 
 #include "hopper_attention/mask.h"
@@ -26,6 +27,24 @@ HOPPER_ATTENTION_HD constexpr BlockRange plain_blocks(const Mask& mask, int row_
   const int first = mask.first_key(row_end - 1);  // limits rise with the row
   const int last = mask.end_key(row_begin);
   const BlockRange blocks{(first + tile_n - 1) / tile_n, last / tile_n};
+  return blocks.empty() ? BlockRange{0, 0} : blocks;
+}
+
+// Query blocks of tile_m rows with a row that sees any key in [key_begin, key_end).
+HOPPER_ATTENTION_HD constexpr BlockRange query_blocks(const Mask& mask, int key_begin, int key_end,
+                                                      int tile_m) {
+  const int first = mask.first_row(key_begin);
+  const int last = mask.end_row(key_end - 1);  // limits rise with the key
+  if (last <= first) return {0, 0};
+  return {first / tile_m, (last + tile_m - 1) / tile_m};
+}
+
+// Query blocks of which every row sees all keys in [key_begin, key_end); the others need a mask.
+HOPPER_ATTENTION_HD constexpr BlockRange plain_query_blocks(const Mask& mask, int key_begin,
+                                                            int key_end, int tile_m) {
+  const int first = mask.first_row(key_end - 1);  // limits rise with the key
+  const int last = mask.end_row(key_begin);
+  const BlockRange blocks{(first + tile_m - 1) / tile_m, last / tile_m};
   return blocks.empty() ? BlockRange{0, 0} : blocks;
 }
 

@@ -29,6 +29,15 @@ struct Mask {
     const int key = row + seqlen_k - seqlen_q + window_right + 1;
     return key < seqlen_k ? (key > 0 ? key : 0) : seqlen_k;
   }
+  // The first row that sees key, and one past the last; no row when end_row <= first_row.
+  HOPPER_ATTENTION_HD constexpr int first_row(int key) const {
+    const int row = key - (seqlen_k - seqlen_q) - window_right;
+    return row > 0 ? row : 0;
+  }
+  HOPPER_ATTENTION_HD constexpr int end_row(int key) const {
+    const int row = key - seqlen_k + seqlen_q + window_left + 1;
+    return row < seqlen_q ? (row > 0 ? row : 0) : seqlen_q;
+  }
   constexpr bool full() const { return window_left >= seqlen_k && window_right >= seqlen_q; }
 };
 

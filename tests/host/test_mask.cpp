@@ -68,6 +68,42 @@ void blocks_are_the_seen_and_the_wholly_seen(const Case& c, const Mask& mask, in
   }
 }
 
+// The same from the keys' side.
+void keys_are_seen_by_what_the_definition_says(const Case& c, const Mask& mask) {
+  for (int key = 0; key < c.seqlen_k; ++key) {
+    for (int row = 0; row < c.seqlen_q; ++row) {
+      const bool seen = row >= mask.first_row(key) && row < mask.end_row(key);
+      CHECK(seen == sees(c, row, key));
+    }
+    CHECK(mask.first_row(key) >= 0 && mask.end_row(key) <= c.seqlen_q);
+  }
+}
+
+// query_blocks must be key_blocks' inverse to the block: the order of deterministic sums counts on
+// it.
+void query_blocks_are_the_seeing_and_the_wholly_seeing(const Case& c, const Mask& mask, int tile_m,
+                                                       int tile_n) {
+  const int num_blocks = (c.seqlen_q + tile_m - 1) / tile_m;
+  for (int begin = 0; begin < c.seqlen_k; begin += tile_n) {
+    const int end = begin + tile_n < c.seqlen_k ? begin + tile_n : c.seqlen_k;
+    const BlockRange range = query_blocks(mask, begin, end, tile_m);
+    const BlockRange plain = plain_query_blocks(mask, begin, end, tile_m);
+    CHECK(range.empty() || (range.begin >= 0 && range.end <= num_blocks));
+    for (int block = 0; block < num_blocks; ++block) {
+      bool any = false, every = true;
+      for (int key = begin; key < end; ++key) {
+        for (int row = block * tile_m; row < (block + 1) * tile_m; ++row) {
+          const bool seen = row < c.seqlen_q && sees(c, row, key);
+          any = any || seen;
+          every = every && seen;
+        }
+      }
+      CHECK((block >= range.begin && block < range.end) == any);
+      CHECK((block >= plain.begin && block < plain.end) == every);
+    }
+  }
+}
+
 void small_problems_by_brute_force() {
   for (int seqlen_q = 0; seqlen_q <= 9; ++seqlen_q) {
     for (int seqlen_k = 0; seqlen_k <= 9; ++seqlen_k) {
@@ -81,6 +117,10 @@ void small_problems_by_brute_force() {
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 4, 3);
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 2, 4);
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 1, 1);
+            keys_are_seen_by_what_the_definition_says(c, mask);
+            query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 4, 3);
+            query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 2, 4);
+            query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 1, 1);
           }
         }
       }
@@ -112,6 +152,10 @@ constexpr Mask kOneQuery = make_mask(1, kMaxLength, true, INT_MAX, -1);
 static_assert(kOneQuery.first_key(0) == 0 && kOneQuery.end_key(0) == kMaxLength);
 constexpr Mask kWide = make_mask(kMaxLength, kMaxLength, false, kMaxLength - 2, kMaxLength - 2);
 static_assert(kWide.first_key(kMaxLength - 1) == 1 && kWide.end_key(0) == kMaxLength - 1);
+static_assert(kLongest.first_row(kMaxLength - 1) == 0 && kLongest.end_row(0) == kMaxLength);
+static_assert(kOneQuery.first_row(kMaxLength - 1) == 0 && kOneQuery.end_row(kMaxLength - 1) == 1);
+static_assert(kOneKey.first_row(0) == 0 && kOneKey.end_row(0) == kMaxLength);
+static_assert(kWide.first_row(kMaxLength - 1) == 1 && kWide.end_row(0) == kMaxLength - 1);
 static_assert(key_blocks(kWide, kMaxLength - 128, kMaxLength, 176).end == (kMaxLength + 175) / 176);
 
 }  // namespace

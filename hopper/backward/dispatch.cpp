@@ -1,13 +1,11 @@
 // The C interface of the backward pass: check -> plan -> find the compiled instance -> descriptors
 // -> three launches.
-#include <algorithm>
 #include <string>
 
 #include "backward/params.h"
 #include "backward/problem.h"
-#include "common/device.h"
-#include "common/guard.h"
 #include "common/tensor_map.h"
+#include "entry.h"
 #include "hopper_attention/backward_budget.h"
 
 namespace hopper_attention {
@@ -26,7 +24,7 @@ struct BackwardRow {
 };
 
 #define HOPPER_ATTENTION_BACKWARD(name, dtype, head_dim, head_dim_v, mask) \
-  {#name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, &backward_##name},
+  {"backward_" #name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, &backward_##name},
 constexpr BackwardRow kCompiledBackwardRows[] = {
 #include "compiled_backward_instances.def"
     {"", {}, nullptr},  // a build may leave every row out
@@ -34,7 +32,7 @@ constexpr BackwardRow kCompiledBackwardRows[] = {
 #undef HOPPER_ATTENTION_BACKWARD
 
 #define HOPPER_ATTENTION_BACKWARD(name, dtype, head_dim, head_dim_v, mask) \
-  {#name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, nullptr},
+  {"backward_" #name, {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask}, nullptr},
 constexpr BackwardRow kAllBackwardRows[] = {
 #include "backward/instances.def"
 };
@@ -51,7 +49,7 @@ const BackwardRow* find_row(const BackwardRow (&rows)[size], const BackwardKey& 
 Status missing_instance(const BackwardKey& key) {
   const BackwardRow* row = find_row(kAllBackwardRows, key);
   return {HOPPER_ATTENTION_NOT_COMPILED,
-          std::string("this build leaves out the backward kernel ") + (row ? row->name : "?") +
+          std::string("this build leaves out the kernel ") + (row ? row->name : "?") +
               "; build with -DHOPPER_ATTENTION_INSTANCES=.* to have all of them"};
 }
 
@@ -196,8 +194,8 @@ Status backward(const hopper_attention_backward_args& args) {
   if (row == nullptr) return missing_instance(plan.key);
 
   // Without queries dK and dV are 0, without keys dQ is.
-  const BackwardWorkspace workspace = place_workspace(args, plan);
   if (plan.query_grid == 0) return zero_key_gradients(args);
+  const BackwardWorkspace workspace = place_workspace(args, plan);
   if (Status status = run_preprocess(args, plan, workspace); !status.ok()) return status;
   if (plan.key_grid > 0) {
     if (Status status = run_main(args, plan, workspace, *row, device); !status.ok()) return status;

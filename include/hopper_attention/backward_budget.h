@@ -84,7 +84,7 @@ constexpr int ds_slab_columns(int columns) {
 
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const BackwardConfig& config) {
-  const RegisterSplit split = register_split(config.num_consumers, false);
+  const RegisterSplit split = register_split(config.num_consumers);
   const DqSplit dq_split = config.dq_split;
   const int all_rows = config.num_consumers * kConsumerRows;
   if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";

@@ -65,7 +65,7 @@ hopper_attention_backward(const hopper_attention_backward_args* args);
 HOPPER_ATTENTION_API hopper_attention_status hopper_attention_backward_workspace_bytes(
     const hopper_attention_backward_args* args, uint64_t* bytes);
 
-// The names of the compiled backward instances separated by newlines.
+// The names of the compiled backward instances, "backward_bf16_d128_full", separated by newlines.
 HOPPER_ATTENTION_API const char* hopper_attention_backward_instances(void);
 
 #ifdef __cplusplus

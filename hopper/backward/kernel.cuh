@@ -72,7 +72,7 @@ template <class Instance>
 __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     backward_kernel(__grid_constant__ const BackwardParams params) {
   using Traits = BackwardTraits<Instance>;
-  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers, false);
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
   extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
   if (threadIdx.x == 0) {

@@ -59,6 +59,10 @@ Status check_backward_shape(const hopper_attention_backward_args& args) {
     return Status::invalid("dtype is " + std::to_string(args.dtype) +
                            "; allowed are 0 (float16) and 1 (bfloat16)");
   }
+  if (args.deterministic != 0 && args.deterministic != 1) {
+    return Status::invalid("deterministic is " + std::to_string(args.deterministic) +
+                           "; allowed are 0 and 1");
+  }
   hopper_attention_forward_args forward{};
   forward.dtype = args.dtype;
   forward.batch = args.batch;
@@ -109,7 +113,8 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   plan->cap_log2 = capped ? args.softcap * kLog2E : 0.0f;
   plan->inner_scale = capped ? args.softmax_scale / args.softcap : 0.0f;
 
-  const HeadDims dims = tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
+  const HeadDims dims =
+      tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
   const bool full = plan->mask.full() && !capped;
   plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
                full ? MaskKind::kFull : MaskKind::kMasked};

@@ -1,0 +1,104 @@
+// The backward pass's part of the Python module _C.
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+
+#include "bindings.h"
+#include "hopper_attention/abi.h"
+#include "prepared.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Strides = std::array<std::int64_t, 3>;  // elements: batch, sequence, head
+// Of q, k, v, out, dout, dq, dk, dv.
+using AllStrides = std::array<Strides, 8>;
+
+void set_strides(hopper_attention_backward_args& args, const AllStrides& strides) {
+  std::int64_t* const fields[][3] = {
+      {&args.q_stride_batch, &args.q_stride_seq, &args.q_stride_head},
+      {&args.k_stride_batch, &args.k_stride_seq, &args.k_stride_head},
+      {&args.v_stride_batch, &args.v_stride_seq, &args.v_stride_head},
+      {&args.out_stride_batch, &args.out_stride_seq, &args.out_stride_head},
+      {&args.dout_stride_batch, &args.dout_stride_seq, &args.dout_stride_head},
+      {&args.dq_stride_batch, &args.dq_stride_seq, &args.dq_stride_head},
+      {&args.dk_stride_batch, &args.dk_stride_seq, &args.dk_stride_head},
+      {&args.dv_stride_batch, &args.dv_stride_seq, &args.dv_stride_head}};
+  for (int tensor = 0; tensor < 8; ++tensor) {
+    for (int dim = 0; dim < 3; ++dim) *fields[tensor][dim] = strides[tensor][dim];
+  }
+}
+
+hopper_attention_backward_args describe(int dtype, int batch, int seqlen_q, int seqlen_k, int heads,
+                                        int heads_kv, int head_dim, int head_dim_v,
+                                        const AllStrides& strides, float softmax_scale,
+                                        float softcap, bool causal, int window_left,
+                                        int window_right, bool deterministic) {
+  hopper_attention_backward_args args{};
+  args.struct_size = sizeof(args);
+  set_strides(args, strides);
+  args.dtype = dtype;
+  args.batch = batch;
+  args.seqlen_q = seqlen_q;
+  args.seqlen_k = seqlen_k;
+  args.heads = heads;
+  args.heads_kv = heads_kv;
+  args.head_dim = head_dim;
+  args.head_dim_v = head_dim_v;
+  args.softmax_scale = softmax_scale;
+  args.softcap = softcap;
+  args.causal = causal;
+  args.window_left = window_left;
+  args.window_right = window_right;
+  args.deterministic = deterministic;
+  return args;
+}
+
+struct BackwardCall {
+  using Args = hopper_attention_backward_args;
+  static constexpr Py_ssize_t kNumAddresses = 12;
+  static constexpr const char* kName = "prepared_backward";
+  static constexpr const char* kDoc =
+      "Enqueue the backward kernels: q, k, v, out, dout, lse, dlse (0: none), dq, dk, dv, "
+      "workspace, "
+      "stream.";
+
+  static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
+    args->q = reinterpret_cast<const void*>(addresses[0]);
+    args->k = reinterpret_cast<const void*>(addresses[1]);
+    args->v = reinterpret_cast<const void*>(addresses[2]);
+    args->out = reinterpret_cast<const void*>(addresses[3]);
+    args->dout = reinterpret_cast<const void*>(addresses[4]);
+    args->lse = reinterpret_cast<const float*>(addresses[5]);
+    args->dlse = reinterpret_cast<const float*>(addresses[6]);
+    args->dq = reinterpret_cast<void*>(addresses[7]);
+    args->dk = reinterpret_cast<void*>(addresses[8]);
+    args->dv = reinterpret_cast<void*>(addresses[9]);
+    args->workspace = reinterpret_cast<void*>(addresses[10]);
+    args->stream = reinterpret_cast<void*>(addresses[11]);
+  }
+  static hopper_attention_status run(const Args* args) { return hopper_attention_backward(args); }
+};
+
+// The call, and the bytes of workspace that it needs.
+template <class... Shape>
+py::tuple prepare(Shape... shape) {
+  const hopper_attention_backward_args args = describe(shape...);
+  std::uint64_t bytes = 0;
+  raise_on_failure(hopper_attention_backward_workspace_bytes(&args, &bytes));
+  return py::make_tuple(make_prepared<BackwardCall>(args), bytes);
+}
+
+// Binds it with the parameters of `describe`, which is the one place that lists them.
+template <class... Shape>
+void bind(py::module_& module, hopper_attention_backward_args (*)(Shape...)) {
+  module.def(
+      "prepare_backward", &prepare<Shape...>,
+      "Of a call of the backward pass: what takes the addresses, and its workspace's bytes.");
+}
+
+}  // namespace
+
+void bind_backward(py::module_& module) { bind(module, &describe); }

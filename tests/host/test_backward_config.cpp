@@ -1,0 +1,188 @@
+// Every row of the backward pass's instances.def can be built, every request finds one row, and
+// dQ's accumulator has a place for each element.
+#include <set>
+#include <string>
+#include <vector>
+
+#include "backward_instances.h"
+#include "check.h"
+#include "hopper_attention/backward_budget.h"
+#include "hopper_attention/dq_layout.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBfloat16};
+
+// "bf16_d192x128_masked" from a key: the name that a row must have.
+std::string expected_name(const BackwardKey& key) {
+  std::string name = key.dtype == Dtype::kBfloat16 ? "bf16_d" : "fp16_d";
+  name += std::to_string(key.head_dim);
+  if (key.head_dim_v != key.head_dim) name += "x" + std::to_string(key.head_dim_v);
+  return name + "_" + name_of(key.mask);
+}
+
+void each_row_is_named_after_its_key_and_fits() {
+  std::set<std::string> names;
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    check::context = row.name;
+    CHECK(names.insert(row.name).second);
+    CHECK(row.name == expected_name(row.key));
+    const BackwardConfig config = make_backward_config(row.key);
+    CHECK(config.key == row.key);
+    const char* error = config_error(config);
+    if (error != nullptr) check::context += std::string(": ") + error;
+    CHECK(error == nullptr);
+    CHECK(config.reason != nullptr && config.reason[0] != '\0');
+    CHECK(row.key.head_dim % key_slab_columns(config) == 0);
+  }
+}
+
+// What the forward pass can run, the backward pass can differentiate.
+void there_is_one_row_for_each_head_dim_dtype_and_mask() {
+  for (const HeadDims& dims : kForwardHeadDims) {
+    for (Dtype dtype : kDtypes) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked}) {
+        const BackwardKey key{dtype, dims.qk, dims.v, mask};
+        check::context = expected_name(key);
+        int found = 0;
+        for (const BackwardInstanceRow& row : kBackwardInstanceRows) found += row.key == key;
+        CHECK(found == 1);
+      }
+    }
+  }
+}
+
+// The bytes of K, V, the stages of Q, dO, their statistics and dS, and of dQ and P where they pass
+// through shared memory, counted row by row.
+int tensor_bytes(const BackwardConfig& config) {
+  const int columns = config.key.head_dim + config.key.head_dim_v;
+  int total = 0;
+  for (int key = 0; key < config.tile_n; ++key) total += 2 * columns;
+  for (int row = 0; row < config.tile_m; ++row) {
+    total += config.stages * (2 * columns + 4 + 4);
+    total += config.ds_stages * config.tile_n * 2;
+    if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
+    if (config.roles == Roles::kPaired) total += config.tile_n * 4;
+  }
+  return total;
+}
+
+void shared_memory_holds_every_tensor_and_barrier() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    check::context = row.name;
+    const BackwardConfig config = make_backward_config(row.key);
+    const int needed = tensor_bytes(config) + barrier_bytes(config);
+    CHECK(shared_bytes(config) >= needed);
+    CHECK(shared_bytes(config) <= needed + 2 * kNoBufferBytes + kSharedAlignment);
+    CHECK(shared_bytes(config) <= 232448);  // a Hopper block's limit
+  }
+}
+
+// Column of dQ that a consumer's own column is, in the share of the product that the split gives
+// it.
+int column_of(const DqLayout& layout, int consumer, int own) {
+  if (layout.split != DqSplit::kColumns) return own;
+  const int piece = layout.head_dim / (layout.num_consumers * layout.slices);
+  const int slice = own / piece;
+  return slice * piece * layout.num_consumers + consumer * piece + own % piece;
+}
+
+// Where element i of a thread's accumulator belongs: WGMMA gives each warp 16 rows, a thread two of
+// them, and of every 8 columns two neighbours.
+DqPosition position_of(const DqLayout& layout, int consumer, int thread, int i) {
+  const int row = thread / 32 * 16 + i / 2 % 2 * 8 + thread % 32 / 4;
+  const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
+  switch (layout.split) {
+    case DqSplit::kRows:
+      return {consumer * 64 + row, column};
+    case DqSplit::kColumns:
+      return {row, column_of(layout, consumer, column)};
+    case DqSplit::kTransposed:
+      return {column, consumer * 64 + row};
+    default:
+      return {consumer * (layout.tile_m / layout.num_consumers) + column, row};
+  }
+}
+
+// A consumer's accumulators lie one after the other, 16 bytes a thread at a time.
+void accumulator_places_are_those_of_the_threads(const DqLayout& layout) {
+  std::vector<int> seen(layout.elements(), 0);
+  const int consumer_elements = layout.elements() / layout.num_consumers;
+  CHECK(consumer_elements * layout.num_consumers == layout.elements());
+  for (int consumer = 0; consumer < layout.num_consumers; ++consumer) {
+    for (int thread = 0; thread < 128; ++thread) {
+      for (int i = 0; i < consumer_elements / 128; ++i) {
+        const int place = consumer * consumer_elements + (i / 4 * 128 + thread) * 4 + i % 4;
+        DqPosition found = layout(place / 4);
+        const int beside = i % 2, below = i / 2 % 2 * 8;
+        found.row += layout.transposed() ? beside : below;
+        found.column += layout.transposed() ? below : beside;
+        const DqPosition expected = position_of(layout, consumer, thread, i);
+        CHECK(found.row == expected.row && found.column == expected.column);
+        CHECK(found.row >= 0 && found.row < layout.tile_m);
+        CHECK(found.column >= 0 && found.column < layout.head_dim);
+        ++seen[found.row * layout.head_dim + found.column];
+      }
+    }
+  }
+  for (int count : seen) CHECK(count == 1);
+}
+
+void every_element_of_dq_has_one_place() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    if (row.key.dtype != Dtype::kBfloat16) continue;
+    check::context = row.name;
+    accumulator_places_are_those_of_the_threads(make_dq_layout(make_backward_config(row.key)));
+  }
+  const DqLayout others[] = {
+      {DqSplit::kRows, 128, 96, 2, 1},          {DqSplit::kRows, 192, 64, 3, 1},
+      {DqSplit::kColumns, 64, 96, 3, 1},        {DqSplit::kColumns, 64, 256, 2, 4},
+      {DqSplit::kTransposed, 80, 128, 2, 1},    {DqSplit::kTransposed, 64, 192, 3, 1},
+      {DqSplit::kTransposedRows, 128, 64, 2, 1}};
+  for (const DqLayout& layout : others) {
+    check::context = "split " + std::to_string(static_cast<int>(layout.split)) + ", " +
+                     std::to_string(layout.tile_m) + " x " + std::to_string(layout.head_dim);
+    accumulator_places_are_those_of_the_threads(layout);
+  }
+}
+
+template <class Change>
+void refuses(const char* text, Change change) {
+  // clang-format off
+  BackwardConfig config{{Dtype::kBfloat16, 128, 128, MaskKind::kMasked}, 64, 128, 2, 2, 2,
+                        Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, "an example"};
+  // clang-format on
+  check::context = "unchanged";
+  CHECK(config_error(config) == nullptr);
+  change(config);
+  const char* error = config_error(config);
+  check::context = std::string(text) + " in: " + (error ? error : "no error");
+  CHECK(error != nullptr && std::string(error).find(text) != std::string::npos);
+}
+
+void what_cannot_be_built_is_refused() {
+  refuses("consumers", [](BackwardConfig& c) { c.num_consumers = 4; });
+  refuses("tile_m", [](BackwardConfig& c) { c.tile_m = 72; });
+  refuses("tile_n", [](BackwardConfig& c) { c.tile_n = 64; });
+  refuses("stages", [](BackwardConfig& c) { c.stages = 0; });
+  refuses("shared memory", [](BackwardConfig& c) { c.stages = 6; });
+  refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
+  refuses("registers", [](BackwardConfig& c) {
+    c.tile_m = 128;
+    c.dq_split = DqSplit::kRows;
+    c.dq_slices = c.stages = c.ds_stages = 1;
+  });
+}
+
+}  // namespace
+
+int main() {
+  each_row_is_named_after_its_key_and_fits();
+  there_is_one_row_for_each_head_dim_dtype_and_mask();
+  shared_memory_holds_every_tensor_and_barrier();
+  every_element_of_dq_has_one_place();
+  what_cannot_be_built_is_refused();
+  return check::result();
+}

@@ -1,0 +1,274 @@
+// hopper/backward/problem.cpp: refusals name the field and its value; plans are what was asked; the
+// workspace holds what the kernels write.
+#include <climits>
+#include <cmath>
+#include <cstdint>
+#include <string>
+
+#include "backward/problem.h"
+#include "backward_instances.h"
+#include "check.h"
+#include "hopper_attention/backward_budget.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+using Args = hopper_attention_backward_args;
+
+Args valid_args() {
+  Args args{};
+  args.struct_size = sizeof(args);
+  args.dtype = HOPPER_ATTENTION_BFLOAT16;
+  args.batch = 2;
+  args.seqlen_q = 300;
+  args.seqlen_k = 500;
+  args.heads = 8;
+  args.heads_kv = 2;
+  args.head_dim = 128;
+  args.head_dim_v = 128;
+  args.softmax_scale = 0.088f;
+  args.window_left = -1;
+  args.window_right = -1;
+  return args;
+}
+
+template <class Change>
+void refuses(const char* text, hopper_attention_status code, Change change) {
+  Args args = valid_args();
+  change(args);
+  const Status status = check_backward_shape(args);
+  check::context = std::string("\"") + text + "\" in: " + status.message;
+  CHECK(status.code == code);
+  CHECK(status.message.find(text) != std::string::npos);
+}
+
+void shapes_are_refused_by_name_and_value() {
+  const auto invalid = HOPPER_ATTENTION_INVALID_ARGUMENT;
+  check::context = "unchanged";
+  CHECK(check_backward_shape(valid_args()).ok());
+  refuses("dtype is 2; allowed are 0", invalid, [](Args& a) { a.dtype = HOPPER_ATTENTION_E4M3; });
+  refuses("dtype is -1", invalid, [](Args& a) { a.dtype = -1; });
+  refuses("batch is -3", invalid, [](Args& a) { a.batch = -3; });
+  refuses("seqlen_q is -1", invalid, [](Args& a) { a.seqlen_q = -1; });
+  refuses("seqlen_k is 1073741824", invalid, [](Args& a) { a.seqlen_k = 1 << 30; });
+  refuses("heads_kv is 3", invalid, [](Args& a) { a.heads_kv = 3; });
+  refuses("head_dim is 264", invalid, [](Args& a) { a.head_dim = 264; });
+  refuses("head_dim_v is 36", invalid, [](Args& a) { a.head_dim_v = 36; });
+  refuses("window_left is -2", invalid, [](Args& a) { a.window_left = -2; });
+  refuses("window_right is -5", invalid, [](Args& a) { a.window_right = -5; });
+  refuses("softmax_scale", invalid, [](Args& a) { a.softmax_scale = std::nanf(""); });
+  refuses("softcap is -1", invalid, [](Args& a) { a.softcap = -1.0f; });
+  refuses("deterministic is 2", invalid, [](Args& a) { a.deterministic = 2; });
+  const auto unsupported = HOPPER_ATTENTION_NOT_SUPPORTED;
+  refuses("head_dim_v is 136", unsupported, [](Args& a) { a.head_dim_v = 136; });
+}
+
+// Memory whose address is only looked at.
+alignas(128) char memory[256];
+
+Args valid_tensors() {
+  Args args = valid_args();
+  args.q = args.k = args.v = args.out = args.dout = memory;
+  args.dq = args.dk = args.dv = args.workspace = memory;
+  args.lse = reinterpret_cast<const float*>(memory);
+  std::int64_t* const strides[][3] = {
+      {&args.q_stride_batch, &args.q_stride_seq, &args.q_stride_head},
+      {&args.k_stride_batch, &args.k_stride_seq, &args.k_stride_head},
+      {&args.v_stride_batch, &args.v_stride_seq, &args.v_stride_head},
+      {&args.out_stride_batch, &args.out_stride_seq, &args.out_stride_head},
+      {&args.dout_stride_batch, &args.dout_stride_seq, &args.dout_stride_head},
+      {&args.dq_stride_batch, &args.dq_stride_seq, &args.dq_stride_head},
+      {&args.dk_stride_batch, &args.dk_stride_seq, &args.dk_stride_head},
+      {&args.dv_stride_batch, &args.dv_stride_seq, &args.dv_stride_head}};
+  for (const auto& of_tensor : strides) {
+    *of_tensor[0] = 500 * 8 * 128, *of_tensor[1] = 8 * 128, *of_tensor[2] = 128;
+  }
+  return args;
+}
+
+template <class Change>
+void refuses_tensor(const char* text, Change change) {
+  Args args = valid_tensors();
+  check::context = "unchanged";
+  CHECK(check_backward_tensors(args).ok());
+  change(args);
+  const Status status = check_backward_tensors(args);
+  check::context = std::string("\"") + text + "\" in: " + status.message;
+  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(status.message.find(text) != std::string::npos);
+}
+
+void tensors_are_refused_by_name() {
+  refuses_tensor("q is null", [](Args& a) { a.q = nullptr; });
+  refuses_tensor("k is null", [](Args& a) { a.k = nullptr; });
+  refuses_tensor("v is null", [](Args& a) { a.v = nullptr; });
+  refuses_tensor("out is null", [](Args& a) { a.out = nullptr; });
+  refuses_tensor("dout is null", [](Args& a) { a.dout = nullptr; });
+  refuses_tensor("dq is null", [](Args& a) { a.dq = nullptr; });
+  refuses_tensor("dk is null", [](Args& a) { a.dk = nullptr; });
+  refuses_tensor("dv is null", [](Args& a) { a.dv = nullptr; });
+  refuses_tensor("lse is null", [](Args& a) { a.lse = nullptr; });
+  refuses_tensor("workspace is null", [](Args& a) { a.workspace = nullptr; });
+  refuses_tensor("workspace is", [](Args& a) { a.workspace = memory + 64; });
+  refuses_tensor("dv is not aligned", [](Args& a) { a.dv = memory + 8; });
+  const auto* odd = reinterpret_cast<const float*>(memory + 2);
+  refuses_tensor("lse is not aligned", [&](Args& a) { a.lse = odd; });
+  refuses_tensor("dlse is not aligned", [&](Args& a) { a.dlse = odd; });
+  refuses_tensor("dout_stride_seq is 1028", [](Args& a) { a.dout_stride_seq = 1028; });
+  refuses_tensor("dk_stride_head is -128", [](Args& a) { a.dk_stride_head = -128; });
+  refuses_tensor("dq_stride_batch", [](Args& a) { a.dq_stride_batch = std::int64_t{1} << 40; });
+}
+
+void what_is_never_touched_is_not_checked() {
+  Args args = valid_tensors();
+  args.seqlen_k = 0;
+  args.k = args.v = args.dk = args.dv = nullptr;
+  check::context = "no keys";
+  CHECK(check_backward_tensors(args).ok());
+  args = valid_tensors();
+  args.seqlen_q = 0;
+  args.q = args.out = args.dout = args.dq = args.workspace = nullptr;
+  args.lse = nullptr;
+  check::context = "no queries";
+  CHECK(check_backward_tensors(args).ok());
+  args = valid_tensors();
+  args.batch = 1;
+  args.dv_stride_batch = 3;
+  check::context = "the batch stride of one batch";
+  CHECK(check_backward_tensors(args).ok());
+}
+
+BackwardPlan plan_of(const Args& args) {
+  BackwardPlan plan;
+  CHECK(check_backward_shape(args).ok());
+  CHECK(plan_backward(args, &plan).ok());
+  return plan;
+}
+
+// P = exp2(scale_log2 * S - LSE in base 2), or with cap_log2 * tanh(S * inner_scale).
+void scores_are_scaled_as_in_the_forward_pass() {
+  check::context = "plain";
+  Args args = valid_args();
+  BackwardPlan plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kFull && plan.cap_log2 == 0.0f && !plan.order.longest_first);
+  CHECK(std::fabs(plan.scale_log2 - 0.088f / std::log(2.0f)) < 1e-6f);
+  for (float scale : {0.0f, -0.5f}) {
+    args.softmax_scale = scale;
+    plan = plan_of(args);
+    CHECK(plan.key.mask == MaskKind::kFull);
+    CHECK(std::fabs(plan.scale_log2 - scale / std::log(2.0f)) < 1e-6f);
+  }
+  check::context = "causal";
+  args = valid_args();
+  args.causal = 1;
+  plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kMasked && plan.cap_log2 == 0.0f && plan.order.longest_first);
+  check::context = "softcap";
+  args = valid_args();
+  args.softcap = 20.0f;
+  plan = plan_of(args);
+  CHECK(plan.key.mask == MaskKind::kMasked);
+  CHECK(std::fabs(plan.cap_log2 - 20.0f / std::log(2.0f)) < 1e-5f);
+  CHECK(std::fabs(plan.inner_scale - 0.088f / 20.0f) < 1e-8f);
+}
+
+int count_up(int length, int tile) {
+  int blocks = 0;
+  for (int at = 0; at < length; at += tile) ++blocks;
+  return blocks;
+}
+
+void grids_count_the_blocks_of_queries_and_keys() {
+  for (int head_dim = 8; head_dim <= 256; head_dim += 8) {
+    for (int head_dim_v = 8; head_dim_v <= 256; head_dim_v += 8) {
+      Args args = valid_args();
+      args.head_dim = head_dim;
+      args.head_dim_v = head_dim_v;
+      if (!check_backward_shape(args).ok()) continue;
+      check::context = std::to_string(head_dim) + ", " + std::to_string(head_dim_v);
+      const BackwardPlan plan = plan_of(args);
+      CHECK(plan.key.head_dim >= head_dim && plan.key.head_dim_v >= head_dim_v);
+      int rows = 0;
+      for (const BackwardInstanceRow& row : kBackwardInstanceRows) rows += row.key == plan.key;
+      CHECK(rows == 1);
+      CHECK(plan.num_m_blocks == count_up(300, plan.config.tile_m));
+      CHECK(plan.query_grid == plan.num_m_blocks * 8 * 2);
+      CHECK(plan.key_grid == count_up(500, plan.config.tile_n) * 2 * 2);
+      CHECK(plan.order.num_tiles() == plan.key_grid);
+    }
+  }
+  for (int Args::* size : {&Args::batch, &Args::seqlen_q, &Args::heads}) {
+    Args args = valid_args();
+    args.*size = 0;
+    check::context = "no queries";
+    CHECK(plan_of(args).query_grid == 0);
+  }
+  for (int Args::* size : {&Args::batch, &Args::seqlen_k}) {
+    Args args = valid_args();
+    args.*size = 0;
+    check::context = "no keys";
+    CHECK(plan_of(args).key_grid == 0);
+  }
+}
+
+void too_many_tiles_are_refused() {
+  Args args = valid_args();
+  args.seqlen_q = kMaxLength;
+  args.batch = 1 << 16;
+  BackwardPlan plan;
+  const Status status = plan_backward(args, &plan);
+  check::context = status.message;
+  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(status.message.find("seqlen") != std::string::npos);
+}
+
+// One after the other, aligned, each with room for its numbers, and no more than that: dQ's
+// accumulator in float32, two numbers a query row, and in a fixed order the turns.
+void the_workspace_is_dq_and_two_numbers_a_row() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    for (bool deterministic : {false, true}) {
+      Args args = valid_args();
+      args.dtype = static_cast<int>(row.key.dtype);
+      args.head_dim = row.key.head_dim;
+      args.head_dim_v = row.key.head_dim_v;
+      args.causal = row.key.mask == MaskKind::kMasked;
+      const BackwardPlan plan = plan_of(args);
+      check::context = row.name;
+      CHECK(plan.key == row.key);
+      const WorkspaceLayout layout = workspace_layout(plan, deterministic);
+      const std::uint64_t rows = 2ull * 8 * plan.num_m_blocks * plan.config.tile_m;
+      CHECK(layout.lse_log2 >= rows * row.key.head_dim * 4);
+      CHECK(layout.delta - layout.lse_log2 >= rows * 4);
+      CHECK(layout.turns - layout.delta >= rows * 4);
+      const std::uint64_t turns = rows / plan.config.tile_m * turns_per_block(plan.config);
+      CHECK(layout.bytes - layout.turns >= (deterministic ? turns * 4 : 0));
+      CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + 4 * 128);
+      for (std::uint64_t at : {layout.lse_log2, layout.delta, layout.turns, layout.bytes}) {
+        CHECK(at % 128 == 0);
+      }
+    }
+  }
+  Args args = valid_args();
+  args.batch = 0;
+  check::context = "nothing";
+  CHECK(workspace_layout(plan_of(args), true).bytes == 0);
+  check::context = "beyond 32 bits";
+  args = valid_args();
+  args.seqlen_q = 1 << 20;
+  args.heads = 64;
+  CHECK(workspace_layout(plan_of(args), false).bytes > 2ull * 64 * (1 << 20) * 128 * 4);
+}
+
+}  // namespace
+
+int main() {
+  shapes_are_refused_by_name_and_value();
+  tensors_are_refused_by_name();
+  what_is_never_touched_is_not_checked();
+  scores_are_scaled_as_in_the_forward_pass();
+  grids_count_the_blocks_of_queries_and_keys();
+  too_many_tiles_are_refused();
+  the_workspace_is_dq_and_two_numbers_a_row();
+  return check::result();
+}
