@@ -175,12 +175,18 @@ def request(
     return code, dims
 
 
-def no_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raises NotImplementedError where autograd would need a backward pass."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether autograd will ask for a gradient of one of them."""
+    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+
+
+def no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raises NotImplementedError where autograd would ask for what has no gradient."""
+    if needs_grad(q, k, v):
         raise NotImplementedError(
-            "q, k and v: the backward pass is not built yet, so none of them may require grad; "
-            "call under torch.no_grad() or detach them"
+            f"q, k and v: quantizing and attention of {torch.float8_e4m3fn} tensors have no "
+            "gradient, so none of them may require grad; pass 16-bit tensors to flash_attn_func, "
+            "or to flash_attn_fp8_func for a forward pass in FP8, or call under torch.no_grad()"
         )
 
 

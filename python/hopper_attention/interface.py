@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import checks, fp8, ops
+from . import checks, fp8, ops, ops_backward  # noqa: F401 (ops_backward: forward's gradient)
 from .ops import Scalars
 
 
@@ -29,7 +29,7 @@ def flash_attn_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention: softmax(softmax_scale * q k^T + mask) v, exactly, in one kernel.
+    """Attention: softmax(softmax_scale * q k^T + mask) v, exactly, in one kernel; differentiable.
 
     Query head i reads key-value head i // (heads / heads_kv). Query row i stands at key position
     i + seqlen_k - seqlen_q: masks are aligned at the bottom right. A row that sees no key gives 0
@@ -60,7 +60,9 @@ def flash_attn_func(
         num_splits: over how many blocks the keys of one query are split; 1, or 0 (the library
             chooses, which is 1 until splitting is built).
         pack_gqa: a hint of FlashAttention-3's about speed; taken, and without effect.
-        deterministic: the forward pass is always deterministic; taken, and without effect.
+        deterministic: the backward pass adds up q's gradient in a fixed order, so that the same
+            call gives the same bits; slower. So does torch.use_deterministic_algorithms(True). All
+            else is always deterministic.
         sm_margin: multiprocessors to leave free for other work.
         return_attn_probs: also return the log-sum-exp.
 
@@ -72,11 +74,14 @@ def flash_attn_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: an argument asks for what is not built yet, or a tensor requires grad.
+        NotImplementedError: an argument asks for what is not built yet, or an e4m3 tensor requires
+            grad.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
-    in_fp8 = isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn
     descales = (q_descale, k_descale, v_descale)
+    in_fp8 = isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn
+    if in_fp8:
+        q_descale = k_descale = v_descale = None
     scalars = normalise(
         q,
         k,
@@ -84,7 +89,9 @@ def flash_attn_func(
         softmax_scale,
         causal,
         qv,
-        *((None, None, None) if in_fp8 else descales),
+        q_descale,
+        k_descale,
+        v_descale,
         window_size,
         attention_chunk,
         softcap,
@@ -92,15 +99,20 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
+    if deterministic is not True and deterministic is not False:
+        deterministic = checks.flag("deterministic", deterministic)
     if in_fp8:
         return fp8.attention_of_e4m3(q, k, v, descales, scalars, return_attn_probs)
     if torch.compiler.is_compiling():
-        checks.no_backward(q, k, v)  # the operator checks it too, where torch.compile hides it
-        out, lse = ops.operator(q, k, v, *scalars)
-    elif scalars[2:] == ops.DEFAULTS:
-        out, lse = ops.forward(q, k, v, *scalars[:2])
+        out, lse = ops.operator(q, k, v, *scalars, deterministic)
+    elif checks.needs_grad(q, k, v):
+        out, lse = ops.forward(q, k, v, *scalars, deterministic)
     else:
-        out, lse = ops.forward(q, k, v, *scalars)
+        with ops.below_autograd():
+            if scalars[2:] == ops.DEFAULTS:
+                out, lse = ops.forward(q, k, v, scalars[0], scalars[1])
+            else:
+                out, lse = ops.forward(q, k, v, *scalars)
     return (out, lse) if return_attn_probs else out
 
 

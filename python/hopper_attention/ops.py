@@ -1,4 +1,4 @@
-"""The PyTorch operators over the compiled library, under torch.ops.hopper_attention.
+"""The forward pass as a PyTorch operator: torch.ops.hopper_attention.forward.
 
 `forward` allocates its outputs, passes pointers, strides and the current stream to the library, and
 returns without waiting for the device. It is traced by torch.compile and captured in CUDA graphs.
@@ -21,7 +21,8 @@ Outputs = tuple[torch.Tensor, torch.Tensor]
 _library_fragment = torch.library.Library("hopper_attention", "DEF")
 _library_fragment.define(
     "forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window_left=-1, "
-    "int window_right=-1, float softcap=0.0, int sm_margin=0) -> (Tensor out, Tensor lse)",
+    "int window_right=-1, float softcap=0.0, int sm_margin=0, bool deterministic=False) "
+    "-> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -30,7 +31,8 @@ _library_fragment.define(
 # so they are few, and they are small.
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
-# The operator's arguments after q, k and v.
+# The operator's arguments after q, k and v, but for the last, deterministic: it says how the
+# gradients are to be computed (ops_backward.py), and the forward pass does not look at it.
 Scalars = tuple[float, bool, int, int, float, int]
 # Of its last four. An argument that a call leaves out costs the dispatcher nothing, another 0.2 us.
 DEFAULTS = (UNBOUNDED, UNBOUNDED, 0.0, 0)
@@ -69,6 +71,7 @@ def _forward_cuda(
     window_right: int = UNBOUNDED,
     softcap: float = 0.0,
     sm_margin: int = 0,
+    deterministic: bool = False,
 ) -> Outputs:
     device_index = q.get_device()
     if device_index != _current_device():
@@ -104,8 +107,6 @@ def _forward_cuda(
     ):
         q, k, v, plan = _make_plan(key, q, k, v, key[-6:])
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
-    if q.requires_grad or k.requires_grad or v.requires_grad:
-        checks.no_backward(q, k, v)
     run, is_empty, out_layout, lse_layout = plan
     out = _empty(*out_layout)
     lse = _empty(*lse_layout)
@@ -130,7 +131,6 @@ def _make_plan(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan]:
     """Checks a call; returns its tensors, copied where kernels cannot read them, and its plan."""
     dtype, dims = checks.request(q, k, v, scalars)
-    checks.no_backward(q, k, v)
     batch, seqlen_q, _, heads, _, _, head_dim_v = dims
     views = [kernel_view(x) for x in (q, k, v)]
     strides = (views[0][1], views[1][1], views[2][1])
@@ -172,11 +172,11 @@ def _forward_fake(
     window_right: int = UNBOUNDED,
     softcap: float = 0.0,
     sm_margin: int = 0,
+    deterministic: bool = False,
 ) -> Outputs:
     batch, seqlen_q, _, heads, _, head_dim, head_dim_v = checks.attention_dims(q, k, v)
     checks.kernel_limits(q.dtype, head_dim, head_dim_v)
     checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
-    checks.no_backward(q, k, v)
     return _allocate(q, batch, seqlen_q, heads, head_dim_v)
 
 
@@ -278,6 +278,9 @@ def _lasting_workspace(num_bytes: int, device_index: int) -> torch.Tensor:
 _library_fragment.impl("forward", _forward_cuda, "CUDA")
 _library_fragment.impl("forward", _forward_cpu, "CPU")
 torch.library.register_fake("hopper_attention::forward", _forward_fake, lib=_library_fragment)
+
+# For eager calls that need no gradient: autograd's own kernel of the operator would take 3.5 us.
+below_autograd = torch._C._AutoDispatchBelowAutograd
 
 # What torch.compile traces; and for eager calls the same without OpOverload's Python, 0.2 us.
 operator = torch.ops.hopper_attention.forward.default

@@ -2,26 +2,58 @@
 
 `backward` takes what the forward pass read and wrote, allocates the gradients and a workspace, and
 returns without waiting for the device. It is registered as the forward operator's formula, so that
-autograd, torch.compile and CUDA graphs go through it alike.
+autograd, torch.compile, activation checkpointing and CUDA graphs go through it alike.
+
+With P = exp(S - LSE) recomputed from q and k, where S are the scores as masked and capped:
+
+    dV = P^T dO        dP = dO V^T        delta = rowsum(dO * O)
+    dS = P * (dP - delta + dLSE), times the soft cap's derivative 1 - (S / softcap)^2
+    dQ = softmax_scale * dS K             dK = softmax_scale * dS^T Q
+
+as in Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2. Beside the gradients it needs dQ in
+float32 and two numbers for each query of each head (three where it is deterministic).
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from . import _library, checks, ops
-from ._layout import kernel_view
+from ._layout import Strides, kernel_view
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+# softmax_scale, causal, window_left, window_right, softcap, deterministic
+Scalars = tuple[float, bool, int, int, float, bool]
 
-ops._library_fragment.define(
+_library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
+_library_fragment.define(
     "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+
+
+class Plan(NamedTuple):
+    """What is settled of a call; the rest are addresses.
+
+    Attributes:
+        run: enqueues the kernels: run(q, k, v, out, dout, lse, dlse, dq, dk, dv, workspace,
+            stream), all integers; dlse is 0 where there is none.
+        workspace: shape, strides and dtype of the workspace.
+        gradients: likewise of dq, dk and dv.
+    """
+
+    run: Callable[..., None]
+    workspace: ops.Layout
+    gradients: tuple[ops.Layout, ops.Layout, ops.Layout]
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+_MAX_PLANS = 4096
 
 
 def _backward_cuda(
@@ -32,24 +64,62 @@ def _backward_cuda(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
+    *scalars: Any,
 ) -> Gradients:
-    scalars = (softmax_scale, causal, window_left, window_right, softcap)
     device_index = q.get_device()
-    if device_index != torch.cuda.current_device():
+    if device_index != ops._current_device():
         with torch.cuda.device(q.device):
-            return _backward_cuda(dout, dlse, q, k, v, out, lse, *scalars, deterministic)
+            return _backward_cuda(dout, dlse, q, k, v, out, lse, *scalars)
     dtype, dims = _check(dout, dlse, q, k, v, out, lse, scalars)
-    library = _library.load()
-    gradients = dq, dk, dv = _allocate(q, k, v)
-    problem = (
+    deterministic = scalars[5] or torch.are_deterministic_algorithms_enabled()
+    # Named, as they must outlive the call: some may be copies.
+    q, q_strides = kernel_view(q)
+    k, k_strides = kernel_view(k)
+    v, v_strides = kernel_view(v)
+    out, out_strides = kernel_view(out)
+    dout, dout_strides = kernel_view(dout)
+    lse = lse.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    strides = (q_strides, k_strides, v_strides, out_strides, dout_strides)
+    key = (dtype, dims, strides, scalars[:5], deterministic)
+    run, workspace_layout, layouts = _plans.get(key) or _make_plan(key)
+    gradients = dq, dk, dv = (
+        ops._empty(*layouts[0]),
+        ops._empty(*layouts[1]),
+        ops._empty(*layouts[2]),
+    )
+    workspace = ops._empty(*workspace_layout)
+    run(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        dout.data_ptr(),
+        lse.data_ptr(),
+        0 if dlse is None else dlse.data_ptr(),
+        dq.data_ptr(),
+        dk.data_ptr(),
+        dv.data_ptr(),
+        workspace.data_ptr(),
+        ops._raw_stream(device_index),
+    )
+    return gradients
+
+
+def _make_plan(key: tuple[Any, ...]) -> Plan:
+    dtype, dims, strides, scalars, deterministic = key
+    batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v = dims
+    softmax_scale, causal, window_left, window_right, softcap = scalars
+    torch_dtype = next(name for name, code in checks.DTYPE_CODES.items() if code == dtype)
+    gradients = (
+        ops._contiguous((batch, seqlen_q, heads, head_dim), torch_dtype),
+        ops._contiguous((batch, seqlen_k, heads_kv, head_dim), torch_dtype),
+        ops._contiguous((batch, seqlen_k, heads_kv, head_dim_v), torch_dtype),
+    )
+    run, workspace_bytes = _library.load().prepare_backward(
         dtype,
         *dims,
+        (*strides, *(_sequence_strides(strides) for _, strides, _ in gradients)),
         softmax_scale,
         softcap,
         causal,
@@ -57,27 +127,16 @@ def _backward_cuda(
         0 if causal else min(window_right, checks.INT32_MAX),
         deterministic,
     )
-    workspace = torch.empty(
-        library.backward_workspace_bytes(*problem), dtype=torch.uint8, device=q.device
-    )
-    views = [kernel_view(x) for x in (q, k, v, out, dout, dq, dk, dv)]
-    # They must outlive the call: kernel_view may have copied.
-    tensors = [tensor for tensor, _ in views]
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    library.backward(
-        (
-            *(tensor.data_ptr() for tensor in tensors[:5]),
-            lse.data_ptr(),
-            0 if dlse is None else dlse.data_ptr(),
-            *(tensor.data_ptr() for tensor in tensors[5:]),
-            workspace.data_ptr(),
-            ops._raw_stream(device_index),
-        ),
-        [strides for _, strides in views],
-        *problem,
-    )
-    return gradients
+    plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
+    if len(_plans) >= _MAX_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
+def _sequence_strides(strides: tuple[int, ...]) -> Strides:
+    batch, seq, head, _ = strides
+    return batch, seq, head
 
 
 def _backward_cpu(dout: torch.Tensor, dlse: Any, q: torch.Tensor, *_: Any) -> NoReturn:
@@ -95,20 +154,16 @@ def _backward_fake(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    softmax_scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    deterministic: bool,
+    *scalars: Any,
 ) -> Gradients:
-    scalars = (softmax_scale, causal, window_left, window_right, softcap)
-    _check(dout, dlse, q, k, v, out, lse, scalars)
-    return _allocate(q, k, v)
-
-
-def _allocate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    batch, seqlen_q, _, heads, _, head_dim, head_dim_v = checks.attention_dims(q, k, v)
+    checks.kernel_limits(q.dtype, head_dim, head_dim_v)
+    softmax_scale, _, window_left, window_right, softcap, _ = scalars
+    checks.scalars(softmax_scale, window_left, window_right, softcap, 0)
+    _check_results(dout, dlse, q, out, lse, (batch, seqlen_q, heads, head_dim_v))
+    # Not new_empty of the tensors' strides: the gradients are contiguous whatever the inputs were.
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv
 
 
 def _check(
@@ -119,69 +174,94 @@ def _check(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    scalars: tuple[float, bool, int, int, float],
+    scalars: tuple[Any, ...],
 ) -> tuple[int, checks.Dims]:
     """Checks a call; returns the dtype's code and the dimensions, as `checks.request` does."""
-    dtype, dims = checks.request(q, k, v, (*scalars, 0))
-    batch, seqlen_q, _, heads, _, _, head_dim_v = dims
-    rows = (batch, seqlen_q, heads, head_dim_v)
-    _check_tensor("out", out, rows, q.dtype, q.device)
-    _check_tensor("dout", dout, rows, q.dtype, q.device)
-    _check_tensor("lse", lse, (batch, heads, seqlen_q), torch.float32, q.device)
-    if dlse is not None:
-        _check_tensor("dlse", dlse, (batch, heads, seqlen_q), torch.float32, q.device)
+    softmax_scale, causal, window_left, window_right, softcap, _ = scalars
+    dtype, dims = checks.request(
+        q, k, v, (softmax_scale, causal, window_left, window_right, softcap, 0)
+    )
+    _check_results(dout, dlse, q, out, lse, (dims[0], dims[1], dims[3], dims[6]))
     return dtype, dims
 
 
+def _check_results(
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    shape: tuple[int, int, int, int],
+) -> None:
+    """Checks the forward pass's results and their gradients; shape is out's."""
+    batch, seqlen_q, heads, _ = shape
+    rows = (batch, heads, seqlen_q)
+    _check_tensor("out", out, shape, q.dtype, q)
+    _check_tensor("dout", dout, shape, q.dtype, q)
+    _check_tensor("lse", lse, rows, torch.float32, q)
+    if dlse is not None:
+        _check_tensor("dlse", dlse, rows, torch.float32, q)
+
+
 def _check_tensor(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
+    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, q: torch.Tensor
 ) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != dtype:
         raise TypeError(f"{name} must be {dtype}, got {tensor.dtype}")
-    if tensor.device != device:
-        raise ValueError(f"{name} must be on q's device, {device}, got {tensor.device}")
+    if tensor.device != q.device:
+        raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     q, k, v, softmax_scale, causal, window_left, window_right, softcap, _, deterministic = inputs
-    ctx.save_for_backward(q, k, v, *output)
+    save(ctx, (q, k, v), output)
     ctx.scalars = (softmax_scale, causal, window_left, window_right, softcap, deterministic)
+
+
+def save(ctx: Any, qkv: tuple[torch.Tensor, ...], output: ops.Outputs) -> None:
+    """Keeps what `gradients` reads: q, k and v in 16 bits, out and the log-sum-exp."""
+    ctx.save_for_backward(*qkv, *output)
     ctx.set_materialize_grads(False)  # so that an unused LSE has no gradient, not one of zeros
+
+
+def gradients(
+    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dq, dk and dv from what `save` kept and ctx.scalars; None where nothing depends on them."""
+    q, k, v, out, lse = ctx.saved_tensors
+    if dout is None:
+        if dlse is None:
+            return None, None, None
+        dout = torch.zeros_like(out)
+    if torch.is_grad_enabled():  # create_graph=True; backward's own formula says what is wrong
+        return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
+    with ops.below_autograd():
+        return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
 
 
 def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    q, k, v, out, lse = ctx.saved_tensors
-    nothing = (None,) * 7
-    if dout is None:
-        if dlse is None:
-            return None, None, None, *nothing
-        dout = torch.zeros_like(out)
-    return *backward(dout, dlse, q, k, v, out, lse, *ctx.scalars), *nothing
+    return *gradients(ctx, dout, dlse), *(None,) * 7
 
 
 def _differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
     raise NotImplementedError(
-        "flash_attn_func can be differentiated once: its backward pass has no gradient of its own "
+        "attention can be differentiated once: its backward pass has no gradient of its own "
         "(create_graph=True); hopper_attention.reference.attention can be differentiated twice"
     )
 
 
-ops._library_fragment.impl("backward", _backward_cuda, "CUDA")
-ops._library_fragment.impl("backward", _backward_cpu, "CPU")
-torch.library.register_fake("hopper_attention::backward", _backward_fake, lib=ops._library_fragment)
+_library_fragment.impl("backward", _backward_cuda, "CUDA")
+_library_fragment.impl("backward", _backward_cpu, "CPU")
+torch.library.register_fake("hopper_attention::backward", _backward_fake, lib=_library_fragment)
 torch.library.register_autograd(
-    "hopper_attention::forward", _differentiate, setup_context=_save, lib=ops._library_fragment
+    "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library_fragment
 )
 torch.library.register_autograd(
-    "hopper_attention::backward", _differentiate_twice, lib=ops._library_fragment
+    "hopper_attention::backward", _differentiate_twice, lib=_library_fragment
 )
 
-backward = torch.ops.hopper_attention.backward.default
+backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward.default

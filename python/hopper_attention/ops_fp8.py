@@ -154,7 +154,7 @@ def _forward_cuda(
     device_index = q.get_device()
     x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
     r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_backward(q, k, v)
+    checks.no_gradient(q, k, v)
     if device_index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return _forward_cuda(
@@ -209,7 +209,7 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
     r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_backward(q, k, v)
+    checks.no_gradient(q, k, v)
     return _allocate(r, out_dtype, q.device)
 
 

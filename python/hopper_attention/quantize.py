@@ -69,7 +69,7 @@ def quantize(
         raise TypeError(f"recipe must be an Fp8Recipe, got {type(recipe).__name__}")
     if rotary_q_offset is not None:
         rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
-    checks.no_backward(q, k, v)
+    checks.no_gradient(q, k, v)
     outputs = ops_quantize.quantize(
         *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k),
         *(recipe.qk_scale, recipe.v_scale, recipe.hadamard, recipe.seed, recipe.smooth_k),
