@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import _library, checks, fp8, ops, ops_fp8
+from . import _library, attention_fp8, checks, fp8, ops, ops_fp8
 from ._layout import copy_reason, planned_strides
 from .checks_fp8 import Tensors
 from .interface import flash_attn_func, normalise
@@ -133,7 +133,7 @@ def _explain_quantized(x: Quantized, k: Any, v: Any, **arguments: Any) -> Explan
         *(given[name] for name in ("window_size", "softcap", "sm_margin", "out_dtype")),
     )
     return _explain_fp8(
-        Tensors(*fp8.forward_arguments(x)),
+        Tensors(*attention_fp8.forward_arguments(x)),
         scalars,
         out_dtype,
         x.recipe.transpose_v,

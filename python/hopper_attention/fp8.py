@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import checks, ops_fp8
+from . import attention_fp8, checks, ops_fp8
 from .quantize import DEFAULT_RECIPE, quantize
 from .quantized import Quantized
 from .recipe import Fp8Recipe
@@ -26,12 +26,19 @@ def flash_attn_fp8_func(
     sm_margin: int = 0,
     return_attn_probs: bool = False,
     out_dtype: torch.dtype | None = None,
+    deterministic: bool = False,
 ) -> Result:
     """Attention whose two products run in FP8 (e4m3).
 
     `flash_attn_fp8_func(q, k, v, recipe)` quantizes 16-bit tensors first;
     `flash_attn_fp8_func(quantized)` takes what `quantize` returned, which pays where K and V are
     used again. Masks and shapes are those of `flash_attn_func`.
+
+    16-bit tensors may require grad. Their gradient is that of 16-bit attention, as if quantizing
+    were the identity (a straight-through estimate): the backward pass of `flash_attn_func` runs on
+    q, k and v as given, with this pass's output and log-sum-exp. It recomputes the probabilities
+    as exp(16-bit scores - this pass's log-sum-exp), so that a row's sum is off from 1 by as much as
+    quantizing moved the row's log-sum-exp. A `Quantized` has no gradient.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU; or a
@@ -50,6 +57,8 @@ def flash_attn_fp8_func(
         return_attn_probs: also return the log-sum-exp, that of the scores before K's mean was
             subtracted.
         out_dtype: torch.bfloat16 or torch.float16; None is q's dtype, bfloat16 for a `Quantized`.
+            q's dtype where a tensor requires grad.
+        deterministic: as in `flash_attn_func`, of the backward pass.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v), contiguous, in out_dtype; or (out, softmax_lse)
@@ -59,14 +68,18 @@ def flash_attn_fp8_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: sequences are packed, or a tensor requires grad.
+        NotImplementedError: sequences are packed, or a `Quantized`'s tensor requires grad.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
+    deterministic = checks.flag("deterministic", deterministic)
     if isinstance(q, Quantized):
         scalars, out_dtype = prepare_quantized(
             *(q, k, v, recipe, softmax_scale, causal, window_size, softcap, sm_margin, out_dtype)
         )
-        return _attend(q, scalars, out_dtype, return_attn_probs)
+        checks.no_gradient(q.q, q.k, q.v)
+        return _result(
+            attention_fp8.attend(q, scalars, out_dtype, return_attn_probs), return_attn_probs
+        )
     if k is None or v is None:
         raise TypeError("k and v must be torch.Tensor where q is one, got None")
     checks.tensors(q=q, k=k, v=v)
@@ -76,7 +89,17 @@ def flash_attn_fp8_func(
     scalars = _scalars(q, softmax_scale, causal, window_size, softcap, sm_margin)
     _check_combination(recipe, scalars[4])
     out_dtype = q.dtype if out_dtype is None else out_dtype
-    return _attend(quantize(q, k, v, recipe), scalars, out_dtype, return_attn_probs)
+    if not checks.needs_grad(q, k, v):
+        quantized = quantize(q, k, v, recipe)
+        outputs = attention_fp8.attend(quantized, scalars, out_dtype, return_attn_probs)
+    elif out_dtype is not q.dtype:
+        raise ValueError(
+            f"out_dtype must be None or q's dtype, {q.dtype}, where a tensor requires grad, got "
+            f"{out_dtype}"
+        )
+    else:
+        outputs = attention_fp8.differentiable(q, k, v, recipe, scalars, deterministic)
+    return _result(outputs, return_attn_probs)
 
 
 def attention_of_e4m3(
@@ -101,13 +124,18 @@ def attention_of_e4m3(
     Returns:
         As `flash_attn_func`, in bfloat16.
     """
+    checks.no_gradient(q, k, v)
     for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
         if descale is not None:
             checks.tensors(**{name: descale})
-    out, lse = ops_fp8.forward_fp8(
+    outputs = ops_fp8.forward_fp8(
         *(q, k, v, *descales, None), torch.bfloat16, False, False, *scalars
     )
-    return (out, lse) if return_attn_probs else out
+    return _result(outputs, return_attn_probs)
+
+
+def _result(outputs: tuple[torch.Tensor, torch.Tensor], return_attn_probs: bool) -> Result:
+    return outputs if return_attn_probs else outputs[0]
 
 
 def prepare_quantized(
@@ -158,48 +186,3 @@ def _check_combination(recipe: Fp8Recipe, softcap: float) -> None:
             f"softcap must be 0 with smooth_k, got {softcap}: subtracting K's mean shifts a row's "
             "scores, and a soft cap sees the shift"
         )
-
-
-def forward_arguments(x: Quantized) -> tuple[Any, ...]:
-    """The operator's tensors, in its order.
-
-    Raises:
-        NotImplementedError: the sequences are packed.
-    """
-    if x.packed:
-        raise NotImplementedError(
-            "q: attention of packed sequences in e4m3 is not built yet; quantize them apart, or "
-            "padded to one length"
-        )
-    return (x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
-
-
-def _attend(
-    x: Quantized,
-    scalars: ops_fp8.Scalars,
-    out_dtype: torch.dtype,
-    return_attn_probs: bool,
-) -> Result:
-    out: torch.Tensor
-    lse: torch.Tensor
-    out, lse = ops_fp8.forward_fp8(
-        *forward_arguments(x),
-        out_dtype,
-        x.recipe.transpose_v,
-        x.recipe.accumulation == "fast",
-        *scalars,
-    )
-    if not return_attn_probs:
-        return out
-    if x.k_mean is not None:
-        lse = lse + _mean_scores(x, x.k_mean, scalars[0])
-    return out, lse
-
-
-def _mean_scores(x: Quantized, k_mean: torch.Tensor, scale: float) -> torch.Tensor:
-    """What subtracting K's mean took from each row's scores: (batch, heads, seqlen_q)."""
-    q = x.q.float() * x._per_token(x.q_descale, x.q, None)
-    heads, heads_kv = q.shape[2], k_mean.shape[1]
-    mean = k_mean.repeat_interleave(heads // max(1, heads_kv), 1)  # (batch, heads, head_dim)
-    scores: torch.Tensor = torch.einsum("bshd,bhd->bhs", q, mean) * scale
-    return scores

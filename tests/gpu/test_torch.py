@@ -114,12 +114,6 @@ def test_wrong_inputs_raise_and_do_no_harm(make, options, error, words):
     check(*Problem(seqlen_q=20, seqlen_k=20).inputs())
 
 
-def test_gradients_are_refused():
-    q, k, v = Problem().inputs()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="backward"):
-        attention(q.requires_grad_(), k, v)
-
-
 def test_head_dims_that_no_kernel_holds():
     for head_dim, head_dim_v in ((264, 264), (256, 128), (64, 136), (200, 64)):
         problem = Problem(head_dim=head_dim, head_dim_v=head_dim_v)

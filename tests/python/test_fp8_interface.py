@@ -344,12 +344,19 @@ def test_wrong_calls(library):
         attend(packed)
 
 
-def test_gradients_are_refused(library):
+def test_e4m3_tensors_have_no_gradient(library):
     q, k, v = random_qkv()
-    with pytest.raises(NotImplementedError, match="the backward pass is not built yet"):
-        hopper_attention.flash_attn_fp8_func(q.requires_grad_(), k, v)
+    quantized = hopper_attention.quantize(q, k, v)
+    quantized.k.requires_grad_()
+    with pytest.raises(NotImplementedError, match="e4m3fn tensors have no gradient"):
+        hopper_attention.flash_attn_fp8_func(quantized)
+    with pytest.raises(NotImplementedError, match="e4m3fn tensors have no gradient"):
+        call_operator(quantized.q, quantized.k, quantized.v, transposed=True)
     with torch.no_grad():
-        hopper_attention.flash_attn_fp8_func(q, k, v)
+        hopper_attention.flash_attn_fp8_func(quantized)
+    q, k, v = (x.to(FP8) for x in (q, k, v))
+    with pytest.raises(NotImplementedError, match="e4m3fn tensors have no gradient"):
+        hopper_attention.flash_attn_func(q, k, v.requires_grad_())
 
 
 def test_the_cpu_says_where_to_go():
@@ -388,5 +395,5 @@ def test_signature():
     parameters = inspect.signature(hopper_attention.flash_attn_fp8_func).parameters
     assert list(parameters) == [
         *("q", "k", "v", "recipe", "softmax_scale", "causal", "window_size", "softcap"),
-        *("sm_margin", "return_attn_probs", "out_dtype"),
+        *("sm_margin", "return_attn_probs", "out_dtype", "deterministic"),
     ]

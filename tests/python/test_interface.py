@@ -22,6 +22,7 @@ DEFAULTS = {
     "window_right": -1,
     "softcap": 0.0,
     "sm_margin": 0,
+    "deterministic": False,
 }
 # softmax_scale and causal have none.
 OPERATOR_DEFAULTS = {
@@ -124,7 +125,7 @@ def test_returns_the_log_sum_exp_where_asked(operator):
         ({"num_splits": 0}, {}),
         ({"pack_gqa": True}, {}),
         ({"pack_gqa": False}, {}),
-        ({"deterministic": True}, {}),
+        ({"deterministic": True}, {}),  # where no tensor requires grad
     ],
 )
 def test_arguments_reach_the_operator(operator, arguments, passed):
@@ -194,14 +195,25 @@ def test_tensors_on_the_cpu():
         attend(*qkv())
 
 
+def test_deterministic_reaches_the_operator_with_gradients(operator):
+    q, k, v = qkv()
+    attend(q, k.requires_grad_(), v, deterministic=np.True_)
+    assert operator.scalars == DEFAULTS | {"deterministic": True}
+    with pytest.raises(TypeError, match="deterministic must be True or False, got 1"):
+        attend(q, k, v, deterministic=1)
+
+
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_inputs_that_require_grad(position):
     tensors = [x.to("meta") for x in qkv()]
     tensors[position].requires_grad_()
-    with pytest.raises(NotImplementedError, match="the backward pass is not built yet"):
-        attend(*tensors)
+    out, lse = attend(*tensors, return_attn_probs=True)
+    assert out.requires_grad
+    assert lse.requires_grad
     with torch.no_grad():
-        assert attend(*tensors).shape == tensors[0].shape
+        out = attend(*tensors)
+    assert out.shape == tensors[0].shape
+    assert not out.requires_grad
 
 
 def test_packed_heads(operator):

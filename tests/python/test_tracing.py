@@ -4,6 +4,8 @@ import contextlib
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -75,14 +77,44 @@ def test_exports_with_dynamic_lengths():
     assert "torch.ops.hopper_attention.forward.default" in str(exported.graph)
 
 
-# With fullgraph, torch.compile raises an error of its own that quotes ours.
-@pytest.mark.parametrize("fullgraph, error", [(False, NotImplementedError), (True, RuntimeError)])
-def test_compiled_code_refuses_inputs_that_require_grad(fullgraph, error):
-    q, k, v = (x.to("meta") for x in random_qkv())
+def compiled_graphs(function, *inputs, **options):
+    """The operators of the graphs that compiling makes, forward first, by AOTAutograd."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append([str(n.target) for n in graph.graph.nodes if n.op == "call_function"])
+        return make_boxed_func(graph)
+
     torch._dynamo.reset()
-    compiled = torch.compile(hopper_attention.flash_attn_func, backend="eager", fullgraph=fullgraph)
-    with pytest.raises(error, match="the backward pass is not built yet"):
-        compiled(q.requires_grad_(), k, v)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    outputs = torch.compile(function, backend=backend, fullgraph=True, **options)(*inputs)
+    return graphs, outputs
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_with_the_backward_pass(dynamic):
+    def model(q, k, v):
+        out, lse = hopper_attention.flash_attn_func(
+            q * 2, k, v, causal=True, deterministic=True, return_attn_probs=True
+        )
+        return (out * 3).sum() + lse.sum()
+
+    inputs = [x.to("meta").requires_grad_() for x in random_qkv()]
+    graphs, loss = compiled_graphs(model, *inputs, dynamic=dynamic)
+    loss.backward()
+    forward, backward = graphs
+    assert forward.count("hopper_attention.forward.default") == 1
+    assert backward.count("hopper_attention.backward.default") == 1
+    assert not any("forward" in target for target in backward)  # nothing is computed again
+    assert [x.grad.shape for x in inputs] == [x.shape for x in inputs]
+
+
+def test_compiled_code_without_gradients_has_no_backward_pass():
+    inputs = [x.to("meta").requires_grad_() for x in random_qkv()]
+    with torch.no_grad():
+        graphs, out = compiled_graphs(hopper_attention.flash_attn_func, *inputs)
+    assert len(graphs) == 1
+    assert not out.requires_grad
 
 
 def test_modes_and_subclasses_see_the_operator():
@@ -120,6 +152,12 @@ def test_modes_and_subclasses_see_the_operator():
 def test_schema():
     assert str(torch.ops.hopper_attention.forward.default._schema) == (
         "hopper_attention::forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
-        "int window_left=-1, int window_right=-1, float softcap=0., int sm_margin=0) -> (Tensor "
-        "out, Tensor lse)"
+        "int window_left=-1, int window_right=-1, float softcap=0., int sm_margin=0, "
+        "bool deterministic=False) -> (Tensor out, Tensor lse)"
+    )
+    assert str(torch.ops.hopper_attention.backward.default._schema) == (
+        "hopper_attention::backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
+        "Tensor out, Tensor lse, float softmax_scale, bool causal, int window_left, "
+        "int window_right, float softcap, bool deterministic) "
+        "-> (Tensor dq, Tensor dk, Tensor dv)"
     )

@@ -1,0 +1,135 @@
+"""Attention of a `Quantized`, and of 16-bit tensors in FP8 with a gradient.
+
+The latter is torch.ops.hopper_attention.attention_fp8: it quantizes, attends, and has the 16-bit
+backward pass as its formula (straight through the quantizer).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from . import checks, ops, ops_backward, ops_fp8
+from .quantize import quantize
+from .quantized import Quantized
+from .recipe import Fp8Recipe
+
+_library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
+_library_fragment.define(
+    "attention_fp8(Tensor q, Tensor k, Tensor v, str qk_scale, str v_scale, bool hadamard, "
+    "int seed, bool smooth_k, str accumulation, bool transpose_v, float softmax_scale, "
+    "bool causal, int window_left, int window_right, float softcap, int sm_margin, "
+    "bool deterministic) -> (Tensor out, Tensor lse)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_NUM_RECIPE = 7  # the recipe's fields among its arguments
+
+
+def forward_arguments(x: Quantized) -> tuple[Any, ...]:
+    """The tensors of the e4m3 operator, in its order.
+
+    Raises:
+        NotImplementedError: the sequences are packed.
+    """
+    if x.packed:
+        raise NotImplementedError(
+            "q: attention of packed sequences in e4m3 is not built yet; quantize them apart, or "
+            "padded to one length"
+        )
+    return (x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
+
+
+def attend(
+    x: Quantized, scalars: ops_fp8.Scalars, out_dtype: torch.dtype, with_lse: bool
+) -> ops.Outputs:
+    """Attention of dense quantized tensors.
+
+    Args:
+        x: the tensors.
+        scalars: the e4m3 operator's.
+        out_dtype: of the output.
+        with_lse: whether the log-sum-exp is used; where not, it may lack what K's mean adds.
+
+    Returns:
+        out, (batch, seqlen_q, heads, head_dim_v), and the log-sum-exp, (batch, heads, seqlen_q)
+        float32.
+
+    Raises:
+        NotImplementedError: the sequences are packed.
+    """
+    out, lse = ops_fp8.forward_fp8(
+        *forward_arguments(x),
+        out_dtype,
+        x.recipe.transpose_v,
+        x.recipe.accumulation == "fast",
+        *scalars,
+    )
+    if with_lse and x.k_mean is not None:
+        lse = lse + _mean_scores(x, x.k_mean, scalars[0])
+    return out, lse
+
+
+def _mean_scores(x: Quantized, k_mean: torch.Tensor, scale: float) -> torch.Tensor:
+    """What subtracting K's mean took from each row's scores: (batch, heads, seqlen_q)."""
+    q = x.q.float() * x._per_token(x.q_descale, x.q, None)
+    heads, heads_kv = q.shape[2], k_mean.shape[1]
+    mean = k_mean.repeat_interleave(heads // max(1, heads_kv), 1)  # (batch, heads, head_dim)
+    scores: torch.Tensor = torch.einsum("bshd,bhd->bhs", q, mean) * scale
+    return scores
+
+
+def differentiable(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    recipe: Fp8Recipe,
+    scalars: ops_fp8.Scalars,
+    deterministic: bool,
+) -> ops.Outputs:
+    """`attend` of `quantize`, in q's dtype, with the 16-bit backward pass."""
+    return _operator(
+        *(q, k, v, recipe.qk_scale, recipe.v_scale, recipe.hadamard, recipe.seed),
+        *(recipe.smooth_k, recipe.accumulation, recipe.transpose_v, *scalars, deterministic),
+    )
+
+
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> ops.Outputs:
+    recipe, scalars = Fp8Recipe(*rest[:_NUM_RECIPE]), rest[_NUM_RECIPE:-1]
+    checks.request(q, k, v, scalars)  # also what the backward pass asks for
+    return attend(quantize(q, k, v, recipe), scalars, q.dtype, with_lse=True)
+
+
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> ops.Outputs:
+    softmax_scale, _, window_left, window_right, softcap, sm_margin = rest[_NUM_RECIPE:-1]
+    batch, seqlen_q, _, heads, _, head_dim, head_dim_v = checks.attention_dims(q, k, v)
+    checks.kernel_limits(q.dtype, head_dim, head_dim_v)
+    checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
+    return ops._allocate(q, batch, seqlen_q, heads, head_dim_v)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
+    q, k, v, *rest = inputs
+    softmax_scale, causal, window_left, window_right, softcap, _ = rest[_NUM_RECIPE:-1]
+    ops_backward.save(ctx, (q, k, v), output)
+    ctx.scalars = (softmax_scale, causal, window_left, window_right, softcap, rest[-1])
+
+
+def _differentiate(
+    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    nothing = (None,) * (_NUM_RECIPE + 7)
+    return *ops_backward.gradients(ctx, dout, dlse), *nothing
+
+
+_library_fragment.impl("attention_fp8", _attention, "CUDA")
+_library_fragment.impl("attention_fp8", ops_fp8._forward_cpu, "CPU")
+torch.library.register_fake(
+    "hopper_attention::attention_fp8", _attention_fake, lib=_library_fragment
+)
+torch.library.register_autograd(
+    "hopper_attention::attention_fp8", _differentiate, setup_context=_save, lib=_library_fragment
+)
+
+_operator: Callable[..., ops.Outputs] = torch.ops.hopper_attention.attention_fp8.default

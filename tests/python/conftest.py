@@ -1,0 +1,143 @@
+"""What several test files share: a library that stands in for the compiled one, with gradients.
+
+It reads and writes tensors by address and strides, as the kernels do, in float64 and by the
+formulas of ops_backward.py: wrong pointers, strides or formulas give gradients other than those of
+autograd through the reference. The operators' kernels for CUDA serve CPU tensors, so that all of
+PyTorch's machinery is the real one.
+"""
+
+import ctypes
+import warnings
+
+import pytest
+import torch
+
+from hopper_attention import _library, attention_fp8, ops, ops_backward, reference
+
+STREAM = 4711
+TENSORS = ["q", "k", "v", "out", "dout", "dq", "dk", "dv"]
+POINTERS = [*TENSORS[:5], "lse", "dlse", *TENSORS[5:], "workspace", "stream"]
+SIZES = ["batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"]
+SCALARS = ["softmax_scale", "softcap", "causal", "window_left", "window_right", "deterministic"]
+WORKSPACE_BYTES = 640
+
+
+def at(address, shape, strides, dtype):
+    """The tensor of this shape at an address."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    size = torch.empty((), dtype=dtype).element_size()
+    memory = (ctypes.c_char * (extent * size)).from_address(address)
+    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
+
+
+def formulas(q, k, v, out, dout, lse, dlse, call):
+    """dq, dk and dv in float64, by ops_backward.py's formulas."""
+    heads_kv = k.shape[2]
+    group = q.shape[2] // max(1, heads_kv)
+    q, k, v, out, dout = (x.double().transpose(1, 2) for x in (q, k, v, out, dout))
+    k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    scores = call["softmax_scale"] * q @ k.transpose(2, 3)
+    slope = torch.ones_like(scores)
+    if call["softcap"]:
+        scores = call["softcap"] * torch.tanh(scores / call["softcap"])
+        slope = 1 - (scores / call["softcap"]) ** 2
+    positions = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2]
+    window = (call["window_left"], call["window_right"])
+    seen = reference.visible(positions, k.shape[2], *window)
+    p = torch.where(seen, torch.exp(scores - lse.double()[..., None]), 0.0)
+    delta = (dout * out).sum(3) - (0 if dlse is None else dlse.double())
+    ds = p * (dout @ v.transpose(2, 3) - delta[..., None]) * slope * call["softmax_scale"]
+
+    def of_group(x):
+        return x.unflatten(1, (heads_kv, group)).sum(2).transpose(1, 2)
+
+    return (
+        (ds @ k).transpose(1, 2),
+        of_group(ds.transpose(2, 3) @ q),
+        of_group(p.transpose(2, 3) @ dout),
+    )
+
+
+class FakeLibrary:
+    def __init__(self):
+        self.calls = []
+        self.prepared = []
+
+    def prepare(self, dtype, *arguments):
+        sizes = dict(zip(SIZES, arguments, strict=False))
+        strides = arguments[7:11]
+        scale, softcap, causal, *window = arguments[11:16]
+        return lambda *pointers: self.forward(
+            dtype, sizes, strides, (scale, causal, window, softcap), pointers
+        )
+
+    def forward(self, dtype, sizes, strides, options, pointers):
+        batch, seqlen_q, seqlen_k, heads, heads_kv, d, d_v = sizes.values()
+        dtype = (torch.float16, torch.bfloat16)[dtype]
+        rows, keys = (batch, seqlen_q, heads), (batch, seqlen_k, heads_kv)
+        shapes = ((*rows, d), (*keys, d), (*keys, d_v), (*rows, d_v))
+        q, k, v, out = (
+            at(address, shape, (*of_tensor, 1), dtype)
+            for address, shape, of_tensor in zip(pointers[:4], shapes, strides, strict=True)
+        )
+        exact, lse = reference.attention(q, k, v, *options)
+        out.copy_(exact)
+        at(pointers[4], (lse.numel(),), (1,), torch.float32).copy_(lse.flatten())
+
+    def workspace_bytes(self):
+        return 64
+
+    def prepare_backward(self, dtype, *arguments):
+        call = dict(zip([*SIZES, "strides", *SCALARS], arguments, strict=True))
+        self.prepared.append(call | {"dtype": dtype})
+        return lambda *pointers: self.backward(dtype, call, pointers), WORKSPACE_BYTES
+
+    def backward(self, dtype, call, pointers):
+        p = dict(zip(POINTERS, pointers, strict=True))
+        self.calls.append(call | p)
+        assert p["stream"] == STREAM
+        batch, seqlen_q, seqlen_k, heads, heads_kv, d, d_v = (call[name] for name in SIZES)
+        rows, keys = (batch, seqlen_q, heads), (batch, seqlen_k, heads_kv)
+        q, k, v, out, dout, dq, dk, dv = ((*rows, d), (*keys, d), (*keys, d_v), *[(*rows, d_v)] * 2,
+                                          (*rows, d), (*keys, d), (*keys, d_v))  # fmt: skip
+        tensors = []
+        for name, shape, strides in zip(
+            TENSORS, (q, k, v, out, dout, dq, dk, dv), call["strides"], strict=True
+        ):
+            assert p[name] % 16 == 0
+            assert all(stride % 8 == 0 for stride in strides)
+            tensors.append(
+                at(p[name], shape, (*strides, 1), (torch.float16, torch.bfloat16)[dtype])
+            )
+        of_rows = ((batch, heads, seqlen_q), (heads * seqlen_q, seqlen_q, 1), torch.float32)
+        lse = at(p["lse"], *of_rows)
+        dlse = at(p["dlse"], *of_rows) if p["dlse"] else None
+        for to, gradient in zip(tensors[5:], formulas(*tensors[:5], lse, dlse, call), strict=True):
+            to.copy_(gradient)
+
+
+@pytest.fixture
+def gradient_library(monkeypatch):
+    """A stand-in library, and CPU tensors that go the way of CUDA ones to it."""
+    fake = FakeLibrary()
+    workspace = torch.zeros(64, dtype=torch.uint8)
+    monkeypatch.setattr(_library, "_module", fake)
+    monkeypatch.setattr(ops, "_plans", {})
+    monkeypatch.setattr(ops_backward, "_plans", {})
+    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
+    monkeypatch.setattr(ops, "_workspace", lambda device_index, stream: workspace)
+    implementations = torch.library.Library("hopper_attention", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that others are overridden
+        for name, function in (
+            ("forward", ops._forward_cuda),
+            ("backward", ops_backward._backward_cuda),
+            ("attention_fp8", attention_fp8._attention),
+        ):
+            implementations.impl(name, function, "CPU", allow_override=True)
+        yield fake
+        implementations._destroy()
