@@ -88,10 +88,37 @@ void the_quantizer_speaks_the_same_language() {
   CHECK(hopper_attention_quantize(nullptr) == HOPPER_ATTENTION_INVALID_ARGUMENT);
 }
 
+void the_backward_pass_speaks_the_same_language() {
+  hopper_attention_backward_args args{};
+  args.struct_size = sizeof(args);
+  args.batch = args.heads = args.heads_kv = 1;
+  args.seqlen_q = args.seqlen_k = 100;
+  args.head_dim = args.head_dim_v = 64;
+  check::context = "backward";
+  uint64_t bytes = 0, fixed_order_bytes = 0;
+  CHECK(hopper_attention_backward_workspace_bytes(&args, &bytes) == HOPPER_ATTENTION_OK);
+  CHECK(bytes >= 100 * (64 + 2) * sizeof(float));
+  CHECK(hopper_attention_backward_workspace_bytes(&args, nullptr) ==
+        HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("bytes is null"));
+  CHECK(hopper_attention_backward(&args) == HOPPER_ATTENTION_WRONG_DEVICE);
+  CHECK(mentions("device") || mentions("driver"));
+  args.deterministic = 1;
+  CHECK(hopper_attention_backward_workspace_bytes(&args, &fixed_order_bytes) ==
+        HOPPER_ATTENTION_OK);
+  CHECK(fixed_order_bytes > bytes);
+  args.head_dim = 12;
+  CHECK(hopper_attention_backward(&args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("head_dim is 12"));
+  CHECK(hopper_attention_backward(nullptr) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+}
+
 void it_knows_what_it_is() {
   check::context = "identity";
   CHECK(std::string(hopper_attention_version()) == EXPECTED_VERSION);
-  CHECK(std::strlen(hopper_attention_instances()) > 0);
+  const std::string names =
+      std::string(hopper_attention_instances()) + hopper_attention_backward_instances();
+  CHECK(!names.empty());
   CHECK(hopper_attention_forward_workspace_bytes() > 0);
 }
 
@@ -103,6 +130,7 @@ int main() {
   bad_arguments_are_named();
   explain_writes_json_and_respects_the_buffer();
   the_quantizer_speaks_the_same_language();
+  the_backward_pass_speaks_the_same_language();
   it_knows_what_it_is();
   return check::result();
 }

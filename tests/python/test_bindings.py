@@ -1,6 +1,7 @@
 """The compiled module `_C`, as far as it goes without a device."""
 
 import gc
+import re
 
 import pytest
 
@@ -42,6 +43,34 @@ def test_a_prepared_call_raises_what_the_library_says():
             wrong(*[16] * 7)
         with pytest.raises(NotImplementedError, match="head_dim is 64 with head_dim_v is 136"):
             unsupported(*[16] * 7)
+
+
+def backward_arguments(heads_kv=2, dtype=1):
+    return (*(dtype, 1, 64, 64, 2, heads_kv, 64, 64), (STRIDES,) * 8, 0.125, 0.0, True, -1, 0, True)
+
+
+def test_a_prepared_backward_call_takes_twelve_addresses():
+    call, workspace_bytes = _library.load().prepare_backward(*backward_arguments())
+    assert workspace_bytes >= 2 * 64 * (64 + 2) * 4
+    with pytest.raises(TypeError, match="takes 12 addresses, got 7"):
+        call(*range(7))
+    with pytest.raises(OverflowError):
+        call(*[16] * 11, -1)
+
+
+def test_prepare_backward_raises_what_the_library_says():
+    with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
+        _library.load().prepare_backward(*backward_arguments(heads_kv=3))
+    with pytest.raises(ValueError, match="dtype is 2; allowed are 0"):
+        _library.load().prepare_backward(*backward_arguments(dtype=2))
+
+
+def test_instances_of_both_passes_are_listed():
+    names = _library.load().instances()
+    assert names
+    assert len(set(names)) == len(names)
+    kinds = re.compile(r"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d\d+(x\d+)?_(full|masked)")
+    assert [name for name in names if not kinds.fullmatch(name)] == []
 
 
 def test_prepare_refuses_what_the_struct_cannot_hold():

@@ -39,6 +39,12 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "e4m3fast_d256_masked": TRANSPOSING,
     "quantize": "the task's number and the address of the stage, once for 32 elements a thread",
 }
+# Kernels that multiply no matrices, with the log of each.
+OTHER_KERNELS = {
+    "quantize": "quantize_launch.cu.log",
+    "preprocess": "backward_preprocess.cu.log",
+    "convert": "backward_convert.cu.log",
+}
 # ptxas's advisories that do no harm here, by number, each with the reason.
 EXPLAINED_ADVISORIES: dict[str, str] = {}
 
@@ -240,13 +246,14 @@ def build() -> Path:
 
 @pytest.fixture(scope="module")
 def logs(build: Path) -> dict[str, Log]:
-    """The log of each compiled instance, by the instance's name, and the quantizer's."""
-    table = (build / "instances" / "compiled_instances.def").read_text()
-    names = re.findall(r"^HOPPER_ATTENTION_FORWARD\((\w+),", table, re.MULTILINE)
-    assert names
-    folder = build / "logs"
-    found = {name: parse_log((folder / f"forward_{name}.cu.log").read_text()) for name in names}
-    return {**found, "quantize": parse_log((folder / "quantize_launch.cu.log").read_text())}
+    """The log of each compiled instance, by the instance's name, and of `OTHER_KERNELS`."""
+    files = dict(OTHER_KERNELS)
+    for table, before in (("compiled_instances", ""), ("compiled_backward_instances", "backward_")):
+        rows = (build / "instances" / f"{table}.def").read_text()
+        for direction, name in re.findall(r"^HOPPER_ATTENTION_(\w+)\((\w+),", rows, re.MULTILINE):
+            files[before + name] = f"{direction.lower()}_{name}.cu.log"
+    assert len(files) > len(OTHER_KERNELS)
+    return {name: parse_log((build / "logs" / file).read_text()) for name, file in files.items()}
 
 
 def find_tool(name: str) -> str | None:
@@ -290,7 +297,7 @@ def test_local_memory_is_small_and_explained(logs):
 
 @pytest.fixture(scope="module")
 def sass(build: Path) -> dict[str, str]:
-    """The instructions of each kernel of attention; the quantizer's multiply no matrices."""
+    """The instructions of each kernel that multiplies matrices."""
     cuobjdump = find_tool("cuobjdump")
     if cuobjdump is None:
         pytest.skip("cuobjdump not found (PyPI: nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm)")
@@ -303,11 +310,12 @@ def sass(build: Path) -> dict[str, str]:
         env={**os.environ, "PATH": path},
     )
     functions = sass_functions(result.stdout)
-    return {name: code for name, code in functions.items() if "quantize" not in name}
+    attention = ("forward_kernel", "backward_kernel")
+    return {n: code for n, code in functions.items() if any(kernel in n for kernel in attention)}
 
 
 def test_every_kernel_multiplies_by_wgmma(sass, logs):
-    assert len(sass) >= len(logs) - 1  # all but the quantizer
+    assert len(sass) == len(logs) - len(OTHER_KERNELS)
     wrong = {n: products(c) for n, c in sass.items() if products(c) != expected_products(n)}
     assert wrong == {}
 
@@ -316,7 +324,9 @@ def test_local_memory_is_not_touched_among_the_products(sass):
     # What EXPLAINED_LOCAL_MEMORY says: nothing else is spilled inside the loop over key blocks.
     allowed = [name for name, why in EXPLAINED_LOCAL_MEMORY.items() if why == IN_THE_LOOP]
     found = [name for name, code in sass.items() if touches_local_memory(code)]
-    assert [name for name in found if not any(row in name for row in allowed)] == []
+    # A backward kernel's mangled name has Backward_ and its row's.
+    symbols = [row.replace("backward_", "Backward_") for row in allowed]
+    assert [name for name in found if not any(symbol in name for symbol in symbols)] == []
 
 
 def test_the_library_is_small(build):

@@ -17,7 +17,7 @@ H200 = SimpleNamespace(
 L40S = SimpleNamespace(
     name="NVIDIA L40S", major=8, minor=9, multi_processor_count=142, total_memory=45 << 30
 )
-NAMES = ["bf16_d64_full", "bf16_d64_masked"]
+NAMES = ["bf16_d64_full", "bf16_d64_masked", "backward_bf16_d64_full"]
 
 
 @pytest.fixture
@@ -26,9 +26,15 @@ def world(monkeypatch, tmp_path):
     library = tmp_path / "libhopper_attention.so"
     library.write_bytes(b"\0" * (3 << 20))
     tiles = tmp_path / "tiles.json"
-    tiles.write_text(json.dumps([{"name": name} for name in NAMES]))
+    tiles.write_text(json.dumps([{"name": name} for name in NAMES[:2]]))
+    backward_tiles = tmp_path / "backward_tiles.json"
+    backward_tiles.write_text(json.dumps([{"name": name} for name in NAMES[2:]]))
     state = SimpleNamespace(
-        cards=[H200], instances=list(NAMES), library=library, tiles=[tiles], load_error=None
+        cards=[H200],
+        instances=list(NAMES),
+        library=library,
+        tiles=[tiles, backward_tiles],
+        load_error=None,
     )
 
     def load():
@@ -48,7 +54,9 @@ def world(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "driver_version", lambda: "580.159.04")
     monkeypatch.setattr(machine, "driver_cuda_version", lambda: (13, 0))
     monkeypatch.setattr(machine, "library_file", lambda: state.library)
-    monkeypatch.setattr(machine, "package_files", lambda pattern: state.tiles)
+    monkeypatch.setattr(
+        machine, "package_files", lambda name: [file for file in state.tiles if file.name == name]
+    )
     monkeypatch.setattr(session, "stale_sources", lambda: None)
     monkeypatch.setattr("hopper_attention._library.load", load)
     monkeypatch.setattr(probes.metadata, "version", lambda name: "1.0")
@@ -77,7 +85,7 @@ def test_everything_is_there(world):
         "0: NVIDIA H200, compute capability 9.0, 132 multiprocessors, 141 GiB"
     )
     assert checks["NVIDIA driver"]["found"] == "580.159.04, for CUDA up to 13.0"
-    assert checks["instances"]["found"] == "2 of 2 kernels are compiled"
+    assert checks["instances"]["found"] == "3 of 3 kernels are compiled"
     assert "0.1.0" in checks["compiled library"]["found"]
     assert "(3.0 MiB)" in checks["compiled library"]["found"]
 
@@ -125,9 +133,9 @@ def test_a_library_that_does_not_load(world):
 
 
 def test_instances_left_out_are_named(world):
-    world.instances = NAMES[:1]
+    world.instances = [NAMES[0], NAMES[2]]
     checks, _ = report(expected_code=0)
-    assert "1 of 2 kernels are compiled; left out: bf16_d64_masked" in checks["instances"]["found"]
+    assert "2 of 3 kernels are compiled; left out: bf16_d64_masked" in checks["instances"]["found"]
     assert "HOPPER_ATTENTION_INSTANCES" in checks["instances"]["do"]
     world.instances = []
     checks, uses = report(expected_code=1)

@@ -161,8 +161,8 @@ def _library() -> Iterator[Check]:
 
 
 def _instances(compiled: set[str]) -> Check:
-    tiles = machine.package_files("tiles.json")
-    known = {row["name"] for row in json.loads(tiles[0].read_text())} if tiles else compiled
+    tiles = [*machine.package_files("tiles.json"), *machine.package_files("backward_tiles.json")]
+    known = {row["name"] for file in tiles for row in json.loads(file.read_text())} or compiled
     left_out = sorted(known - compiled)
     if not compiled:
         return Check("instances", False, "none is compiled", _reinstall())
