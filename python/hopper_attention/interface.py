@@ -99,20 +99,16 @@ def flash_attn_func(
         pack_gqa,
         sm_margin,
     )
-    if deterministic is not True and deterministic is not False:
+    if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
     if in_fp8:
         return fp8.attention_of_e4m3(q, k, v, descales, scalars, return_attn_probs)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or checks.needs_grad(q, k, v):
         out, lse = ops.operator(q, k, v, *scalars, deterministic)
-    elif checks.needs_grad(q, k, v):
-        out, lse = ops.forward(q, k, v, *scalars, deterministic)
+    elif scalars[2:] == ops.DEFAULTS:
+        out, lse = ops.forward(q, k, v, *scalars[:2])
     else:
-        with ops.below_autograd():
-            if scalars[2:] == ops.DEFAULTS:
-                out, lse = ops.forward(q, k, v, scalars[0], scalars[1])
-            else:
-                out, lse = ops.forward(q, k, v, *scalars)
+        out, lse = ops.forward(q, k, v, *scalars)
     return (out, lse) if return_attn_probs else out
 
 

@@ -19,12 +19,17 @@ from .checks import UNBOUNDED
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
 _library_fragment = torch.library.Library("hopper_attention", "DEF")
-_library_fragment.define(
-    "forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window_left=-1, "
-    "int window_right=-1, float softcap=0.0, int sm_margin=0, bool deterministic=False) "
-    "-> (Tensor out, Tensor lse)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window_left=-1, "
+    "int window_right=-1, float softcap=0.0, int sm_margin=0{}) -> (Tensor out, Tensor lse)"
 )
+# ops_backward.py makes the first differentiable. That puts a Python function between the dispatcher
+# and the kernel, 3.5 us also where no gradient is asked for; eager calls then take the second.
+_OPERATORS = {"forward": ", bool deterministic=False", "forward.inference": ""}
+for _name, _last_argument in _OPERATORS.items():
+    _library_fragment.define(
+        _name + _SCHEMA.format(_last_argument), tags=(torch.Tag.pt2_compliant_tag,)
+    )
 
 # Zeroed device memory that a call leaves zeroed, by (device index, stream): calls on one stream run
 # one after the other and share it. Entries live as long as the process; PyTorch pools its streams,
@@ -275,13 +280,13 @@ def _lasting_workspace(num_bytes: int, device_index: int) -> torch.Tensor:
     return workspace
 
 
-_library_fragment.impl("forward", _forward_cuda, "CUDA")
-_library_fragment.impl("forward", _forward_cpu, "CPU")
-torch.library.register_fake("hopper_attention::forward", _forward_fake, lib=_library_fragment)
+for _name in _OPERATORS:
+    _library_fragment.impl(_name, _forward_cuda, "CUDA")
+    _library_fragment.impl(_name, _forward_cpu, "CPU")
+    torch.library.register_fake(f"hopper_attention::{_name}", _forward_fake, lib=_library_fragment)
 
-# For eager calls that need no gradient: autograd's own kernel of the operator would take 3.5 us.
-below_autograd = torch._C._AutoDispatchBelowAutograd
-
-# What torch.compile traces; and for eager calls the same without OpOverload's Python, 0.2 us.
+# What torch.compile traces, and autograd differentiates.
 operator = torch.ops.hopper_attention.forward.default
-forward: Callable[..., Outputs] = getattr(operator, "_op", operator)
+# For eager calls that need no gradient: without one, and without OpOverload's Python, 0.2 us.
+_inference = torch.ops.hopper_attention.forward.inference
+forward: Callable[..., Outputs] = getattr(_inference, "_op", _inference)

@@ -237,7 +237,7 @@ def gradients(
         dout = torch.zeros_like(out)
     if torch.is_grad_enabled():  # create_graph=True; backward's own formula says what is wrong
         return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
-    with ops.below_autograd():
+    with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us
         return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
 
 

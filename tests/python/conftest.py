@@ -135,6 +135,7 @@ def gradient_library(monkeypatch):
         warnings.simplefilter("ignore")  # that others are overridden
         for name, function in (
             ("forward", ops._forward_cuda),
+            ("forward.inference", ops._forward_cuda),
             ("backward", ops_backward._backward_cuda),
             ("attention_fp8", attention_fp8._attention),
         ):

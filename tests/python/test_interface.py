@@ -43,6 +43,7 @@ def operator(monkeypatch):
 
     recorder = Operator()
     monkeypatch.setattr(ops, "forward", recorder)
+    monkeypatch.setattr(ops, "operator", recorder)  # with gradients
     return recorder
 
 

@@ -137,7 +137,7 @@ def test_modes_and_subclasses_see_the_operator():
             return super().__torch_function__(function, types, arguments, keywords or {})
 
     q, k, v = (x.to("meta") for x in random_qkv())
-    operator = torch.ops.hopper_attention.forward.default
+    operator = torch.ops.hopper_attention.forward.inference
     for arguments in ({}, {"sm_margin": 1}):
         for name, mode in (("function", Functions()), ("dispatch", Dispatches())):
             with mode:
