@@ -81,10 +81,10 @@ def poison_outputs(q: Tensor, v: Tensor) -> None:
     del out, lse
 
 
-def same_precision(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's attention, step by step in the inputs' dtype."""
+def standard_inputs(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> AttentionInputs:
+    """A problem for PyTorch's attention, with the options of `flash_attn_func`."""
     scale = options.get("softmax_scale")
-    inputs = AttentionInputs(
+    return AttentionInputs(
         q,
         k,
         v,
@@ -93,7 +93,11 @@ def same_precision(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         window_size=options.get("window_size", (-1, -1)),
         softcap=options.get("softcap", 0.0),
     )
-    return standard_attention(inputs)
+
+
+def same_precision(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's attention, step by step in the inputs' dtype."""
+    return standard_attention(standard_inputs(q, k, v, **options))
 
 
 def rmse(out: Tensor, exact: Tensor) -> float:

@@ -4,8 +4,9 @@
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
-transposed and as rows of tokens, and with scales of single tokens. The quantizer runs by its tile,
-dtype and kind of recipe. On the device there is nothing but copies and our kernels: inputs are
+transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
+forward pass, with sums in any order and in a fixed one. The quantizer runs by its tile, dtype and
+kind of recipe. On the device there is nothing but copies and our kernels: inputs are
 made, and outputs looked at, on the CPU.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +56,7 @@ QUANTIZER_RECIPES = (
 class Instance:
     """What an instance's name says; dtype is None for e4m3."""
 
+    backward: bool
     dtype: torch.dtype | None
     fast: bool
     head_dim: int
@@ -62,13 +65,16 @@ class Instance:
 
 
 def parse(name: str) -> Instance:
-    """Reads an instance's name, such as bf16_d192x128_full or e4m3fast_d64_masked."""
-    match = re.fullmatch(r"(fp16|bf16|e4m3|e4m3fast)_d(\d+)(?:x(\d+))?_(full|masked)", name)
+    """Reads a name such as bf16_d192x128_full, e4m3fast_d64_masked or backward_fp16_d64_full."""
+    match = re.fullmatch(
+        r"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d(\d+)(?:x(\d+))?_(full|masked)", name
+    )
     if match is None:
         raise ValueError(f"cannot read the instance's name {name!r}")
-    kind, head_dim, head_dim_v, mask = match.groups()
-    fast = kind == "e4m3fast"
-    return Instance(DTYPES.get(kind), fast, int(head_dim), int(head_dim_v or head_dim), mask)
+    backward, kind, head_dim, head_dim_v, mask = match.groups()
+    dtype, fast = DTYPES.get(kind), kind == "e4m3fast"
+    dims = int(head_dim), int(head_dim_v or head_dim)
+    return Instance(backward is not None, dtype, fast, *dims, mask)
 
 
 def draw(
@@ -87,9 +93,9 @@ def draw(
     )
 
 
-def check(name: str, result: tuple[torch.Tensor, torch.Tensor]) -> None:
+def check(name: str, result: Sequence[torch.Tensor], names: Sequence[str] = ("out", "lse")) -> None:
     """Raises AssertionError when an output is not finite."""
-    for what, tensor in zip(("out", "lse"), result, strict=True):
+    for what, tensor in zip(names, result, strict=True):
         assert tensor.cpu().isfinite().all(), f"{name}: {what} is not finite"
 
 
@@ -98,6 +104,8 @@ def run(name: str) -> None:
     instance = parse(name)
     if instance.dtype is None:
         return run_fp8(name, instance)
+    if instance.backward:
+        return run_backward(name, instance, instance.dtype)
     mask = instance.mask
     on_cpu = draw(instance.dtype, SEQLEN_K[mask], instance.head_dim, instance.head_dim_v)
     q, k, v = (x.cuda() for x in on_cpu)
@@ -107,6 +115,22 @@ def run(name: str) -> None:
         result = hopper_attention.flash_attn_func(q, k, v, return_attn_probs=True, **options)
         check(f"{name} {options}", result)
     return None
+
+
+def run_backward(name: str, instance: Instance, dtype: torch.dtype) -> None:
+    """Runs one backward instance on what its forward pass left."""
+    on_cpu = draw(dtype, SEQLEN_K["masked"], instance.head_dim, instance.head_dim_v)
+    leaves = [x.cuda().requires_grad_() for x in on_cpu]
+    size = (*on_cpu[0].shape[:3], instance.head_dim_v)
+    dout = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
+    for options in OPTIONS[instance.mask]:
+        for deterministic in (False, True):
+            result = hopper_attention.flash_attn_func(
+                *leaves, deterministic=deterministic, **options
+            )
+            found = torch.autograd.grad(result, leaves, dout)
+            what = f"{name} {options}{' deterministic' if deterministic else ''}"
+            check(what, found, ("dq", "dk", "dv"))
 
 
 def run_fp8(name: str, instance: Instance) -> None:

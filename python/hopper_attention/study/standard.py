@@ -34,6 +34,24 @@ def _visible(x: AttentionInputs) -> Tensor | None:
     return visible
 
 
+def standard_scores(x: AttentionInputs) -> Tensor:
+    """The scores of standard attention, rounded after the product and after the scale.
+
+    Args:
+        x: inputs in float16 or bfloat16.
+
+    Returns:
+        (batch, heads, seqlen_q, seqlen_k) in the inputs' dtype; -inf where a key is not seen.
+    """
+    query = x.query.transpose(1, 2)
+    key = x.key.transpose(1, 2).repeat_interleave(x.heads // x.heads_kv, dim=1)
+    scores = _matmul(query, key.transpose(2, 3)) * x.softmax_scale
+    if x.softcap > 0:
+        scores = torch.tanh(scores / x.softcap) * x.softcap
+    visible = _visible(x)
+    return scores if visible is None else scores.masked_fill(~visible, float("-inf"))
+
+
 def standard_attention(x: AttentionInputs) -> Tensor:
     """softmax(scale * QK^T) V with every intermediate result stored in the inputs' 16 bits.
 
@@ -47,17 +65,10 @@ def standard_attention(x: AttentionInputs) -> Tensor:
     Returns:
         (batch, seqlen_q, heads, head_dim_v) in the inputs' dtype; a row that sees no key is 0.
     """
-    group = x.heads // x.heads_kv
-    query = x.query.transpose(1, 2)
-    key = x.key.transpose(1, 2).repeat_interleave(group, dim=1)
-    value = x.value.transpose(1, 2).repeat_interleave(group, dim=1)
-    scores = _matmul(query, key.transpose(2, 3)) * x.softmax_scale
-    if x.softcap > 0:
-        scores = torch.tanh(scores / x.softcap) * x.softcap
-    visible = _visible(x)
-    if visible is not None:
-        scores = scores.masked_fill(~visible, float("-inf"))
+    value = x.value.transpose(1, 2).repeat_interleave(x.heads // x.heads_kv, dim=1)
+    scores = standard_scores(x)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
+    visible = _visible(x)
     if visible is not None:
         # A softmax over no key at all is NaN, and attention over no key is 0.
         weights = weights.masked_fill(~visible.any(dim=1, keepdim=True), 0.0)
