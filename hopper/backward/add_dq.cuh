@@ -5,14 +5,17 @@
 
 namespace hopper_attention {
 
-// In a fixed order key blocks add to a query block from the first that it sees on, each when the
-// one before has added. Blocks of the grid start in this order too, so one only ever waits for
-// blocks that run already.
+// In a fixed order each key block adds to a query block when the one before has added. Without a mask
+// they take turns from the first key block on. With one they do from the last that the query block
+// sees: under a causal mask that one begins with this query block, so that blocks which start
+// together never wait. Blocks of the grid start in the order of the turns (key_tile), so one only
+// ever waits for blocks that run already.
 template <class Traits>
 CUTE_DEVICE unsigned int own_turn(Mask const& mask, KeyTile const& tile, int m_block) {
   const int row_begin = m_block * Traits::kTileM;
   const int row_end = min(row_begin + Traits::kTileM, mask.seqlen_q);
-  return tile.n_block - key_blocks(mask, row_begin, row_end, Traits::kTileN).begin;
+  const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
+  return Traits::kMasked ? blocks.end - 1 - tile.n_block : tile.n_block - blocks.begin;
 }
 
 CUTE_DEVICE void wait_turn(unsigned int const* turn, unsigned int own) {
@@ -33,44 +36,64 @@ CUTE_DEVICE void add4(float* to, float a, float b, float c, float d) {
                : "memory");
 }
 
+CUTE_DEVICE void release_turn(unsigned int* turn) {
+  asm volatile("fence.acq_rel.gpu;" : : : "memory");
+  pass_turn(turn);
+}
+
+inline constexpr int kKeptThreads = kWarpgroupThreads + 32;  // a consumer's and its keeper's
+
 // Adds out of registers. One consumer's; a turn counts the consumers' adds apart.
 template <class Traits>
 struct DirectDq {
-  BackwardParams const& params;
-  KeyTile const& tile;
+  float* accumulator;  // of block 0, from this thread's part on
+  EmptyBarrier& turn;
+  bool ordered;
   int consumer;
-  int thread;
-  unsigned int* taken = nullptr;  // a turn that is still to be passed on
+  std::uint32_t phase = 0;
 
-  // Before the slices of one step.
-  CUTE_DEVICE void begin(int m_block, std::int64_t block) {
-    if (params.workspace.turns == nullptr) return;
-    pass();  // the last step's adds are through by now, and waiting for them is short
-    taken = params.workspace.turns + block * turns_per_block(Traits::kConfig) + consumer;
-    if (thread == 0) wait_turn(taken, own_turn<Traits>(params.mask, tile, m_block));
-    sync_consumer(consumer);
+  // Before the slices of one step, and after them.
+  CUTE_DEVICE void begin() {
+    if (ordered) turn.wait(phase);
   }
-  CUTE_DEVICE void pass() {
-    if (taken == nullptr) return;
-    __threadfence();
-    sync_consumer(consumer);
-    if (thread == 0) pass_turn(taken);
-    taken = nullptr;
+  CUTE_DEVICE void end() {
+    if (!ordered) return;
+    cutlass::arch::NamedBarrier::arrive(
+        kKeptThreads, static_cast<std::uint32_t>(BackwardBarrier::kAdded) + consumer);
+    phase ^= 1;
   }
 
   template <class Fragment>
   CUTE_DEVICE void add(Fragment const& dq, std::int64_t block, int slice) const {
     constexpr int kSize = decltype(cute::size(dq))::value;
-    float* to = params.workspace.dq +
-                (block * Traits::kConsumers + consumer) * Traits::kDqElements +
-                (slice * kSize / 4 * kWarpgroupThreads + thread) * 4;
+    float* to = accumulator + block * (Traits::kConsumers * Traits::kDqElements) +
+                slice * kSize * kWarpgroupThreads;
     CUTE_UNROLL
     for (int i = 0; i < kSize; i += 4) {
       add4(to + i * kWarpgroupThreads, dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
     }
   }
-  CUTE_DEVICE void finish() { pass(); }
 };
+
+// One warp of the producer's for each consumer that adds out of registers: waits for its turns and
+// passes them on, so that no consumer waits until its adds are through.
+template <class Traits>
+CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
+                            typename Traits::SharedStorage& shared, int consumer) {
+  const bool leads = threadIdx.x % 32 == 0;
+  for (QuerySteps at(params, tile); !at.done(); at.advance()) {
+    unsigned int* turn =
+        params.workspace.turns + at.block * turns_per_block(Traits::kConfig) + consumer;
+    if (leads) {
+      wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
+      shared.barriers.dq_empty[consumer].arrive();
+    }
+    __syncwarp();
+    cutlass::arch::NamedBarrier::sync(
+        kKeptThreads, static_cast<std::uint32_t>(BackwardBarrier::kAdded) + consumer);
+    if (leads) release_turn(turn);
+  }
+}
 
 // Hands it to the producer's second warp.
 template <class Traits>
@@ -80,7 +103,8 @@ struct BulkDq {
   float4* shared;  // this thread's
   std::uint32_t phase = 0;
 
-  CUTE_DEVICE void begin(int, std::int64_t) {}
+  CUTE_DEVICE void begin() {}
+  CUTE_DEVICE void end() {}
   template <class Fragment>
   CUTE_DEVICE void add(Fragment const& dq, std::int64_t, int) {
     empty.wait(phase ^ 1);
@@ -93,11 +117,10 @@ struct BulkDq {
     arrive_warp(full);
     phase ^= 1;
   }
-  CUTE_DEVICE void finish() {}
 };
 
 template <class Traits>
-CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, KeyTile const& tile,
+CUTE_DEVICE auto make_dq_adder(BackwardParams const& params,
                                typename Traits::SharedStorage& shared, int consumer, int thread) {
   if constexpr (Traits::kDqBulk) {
     auto& barriers = shared.barriers;
@@ -105,7 +128,9 @@ CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, KeyTile const& tile
         barriers.dq_full[consumer], barriers.dq_empty[consumer],
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
-    return DirectDq<Traits>{params, tile, consumer, thread};
+    return DirectDq<Traits>{
+        params.workspace.dq + consumer * Traits::kDqElements + thread * 4,
+        shared.barriers.dq_empty[consumer], params.workspace.turns != nullptr, consumer};
   }
 }
 

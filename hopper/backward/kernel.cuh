@@ -92,6 +92,9 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
       if (cute::elect_one_sync()) produce<Traits>(params, tile, shared);
     } else if (Traits::kDqBulk && warp == 1) {
       if (cute::elect_one_sync()) add_dq<Traits>(params, tile, shared);
+    } else if (!Traits::kDqBulk && warp <= Traits::kConsumers &&
+               params.workspace.turns != nullptr) {
+      keep_turns<Traits>(params, tile, shared, warp - 1);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();

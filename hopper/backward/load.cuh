@@ -21,9 +21,10 @@ struct KeyTile {
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   const WorkTile work = params.order(blockIdx.x);
-  // The order counts blocks from the longest on, as the forward pass has them: there the last one.
-  const int n_block =
-      params.order.longest_first ? params.order.num_m_blocks - 1 - work.m_block : work.m_block;
+  // Under a mask the order begins with the last block, the forward pass's longest. Here the first one
+  // is, but sums in a fixed order begin with the last.
+  const bool flip = params.order.longest_first && params.workspace.turns == nullptr;
+  const int n_block = flip ? params.order.num_m_blocks - 1 - work.m_block : work.m_block;
   const int begin = n_block * Traits::kTileN;
   const int end = min(begin + Traits::kTileN, params.mask.seqlen_k);
   if (params.heads_per_kv == 0) return {n_block, work.head, work.batch, {0, 0}};

@@ -95,7 +95,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
   Tensor tKrQ = mma_dk.get_thread_slice(first_thread).partition_fragment_B(sQt);
   auto operands = dq_operands<Traits>(shared, first_thread);
   auto writer = ds_writer<Traits>(shared, first_thread + thread);
-  auto adder = make_dq_adder<Traits>(params, tile, shared, consumer, thread);
+  auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
   const int first_key = tile.n_block * Traits::kTileN + consumer * kConsumerRows +
                         thread / 32 * 16 + thread % 32 / 4;
@@ -108,26 +108,34 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     barriers.k_full.wait(0);
     barriers.v_full.wait(0);
   }
+  // Ahead, the next step's S is issued under this step's dK.
+  constexpr bool kAhead = Traits::kAheadScores;
+  Tensor rS = partition_fragment_C(mma_scores, ShapeScores{});
+  auto issue_scores = [&](Ring<Traits::kStages> const& of, bool exists) {
+    if (exists) barriers.q_full[of.stage].wait(of.phase);
+    issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, of.stage), rS);
+  };
   auto step = [&](auto kPlain) {
     const int stage = ring.stage, ds_stage = ds_ring.stage;
-    Tensor rS = partition_fragment_C(mma_scores, ShapeScores{});
     Tensor rdP = partition_fragment_C(mma_scores, ShapeScores{});
-    barriers.q_full[stage].wait(ring.phase);
-    issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, stage), rS);
+    if constexpr (!kAhead) issue_scores(ring, true);
     barriers.dout_full[stage].wait(ring.phase);
     issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(rS);
+    if constexpr (!kAhead) {
+      warpgroup_wait<1>();
+      warpgroup_fence_operand(rS);
+    }
     exponentiate<Traits>(params, shared.lse_log2[stage], rS);
-    if constexpr (!kPlain) mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdP);
-
-    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
+    if constexpr (!kPlain) {
+      mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+    }
     // As register operands P^T and dS^T have their accumulators' elements in the same order.
     using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
     Tensor rP = make_tensor<Element>(LayoutA{});
     Tensor rdS = make_tensor<Element>(LayoutA{});
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rdP);
+    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
     differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
     write_ds(writer, ds_stage, rdS, rS.layout());
     __syncwarp();
@@ -143,18 +151,31 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     warpgroup_wait<1>();
     warpgroup_fence_operand(rdQ);
     arrive_warp(barriers.ds_empty[ds_stage]);
-
-    adder.begin(at.m_block, at.block);
+    adder.begin();
     adder.add(rdQ, at.block, 0);
-    warpgroup_wait<0>();
+    adder.end();
+    ring.advance();
+    if constexpr (kAhead) {
+      issue_scores(ring, !at.last());
+      warpgroup_wait<1>();
+    } else {
+      warpgroup_wait<0>();
+    }
     warpgroup_fence_operand(rdK);
     arrive_warp(barriers.q_empty[stage]);
-    ring.advance();
+    if constexpr (kAhead) {
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rS);
+    }
     ds_ring.advance();
   };
+  if constexpr (kAhead) {
+    issue_scores(ring, !at.done());
+    warpgroup_wait<0>();
+    warpgroup_fence_operand(rS);
+  }
   start_gradients(rdK, rdV);
-  for_each_step(at, plain, step);
-  adder.finish();
+  for_each_step<Traits>(at, plain, step);
 }
 
 }  // namespace hopper_attention

@@ -14,9 +14,8 @@ namespace hopper_attention {
 // All slices of one consumer's part of one step's dQ. Waits for its products.
 template <class Traits, class Operands, class Adder>
 CUTE_DEVICE void multiply_dq(Operands const& operands, EmptyBarrier& ds_empty, int ds_stage,
-                             int m_block, std::int64_t block, Adder& adder) {
+                             std::int64_t block, Adder& adder) {
   using namespace cute;
-  adder.begin(m_block, block);
   CUTE_UNROLL
   for (int slice = 0; slice < Traits::kDqSlices; ++slice) {
     Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
@@ -24,8 +23,10 @@ CUTE_DEVICE void multiply_dq(Operands const& operands, EmptyBarrier& ds_empty, i
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdQ);
     if (slice == Traits::kDqSlices - 1) arrive_warp(ds_empty);
+    if (slice == 0) adder.begin();
     adder.add(rdQ, block, slice);
   }
+  adder.end();
 }
 
 // A thread's P in the buffer between the two, 16 bytes at a time.
@@ -52,19 +53,18 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   Tensor tSrQ = slice_scores.partition_fragment_B(sQ);                   // (MMA, 1, d/16, stages)
   Tensor tVrdO = mma_dv.get_thread_slice(0).partition_fragment_B(sdOt);  // (MMA, 1, m/16, stages)
   auto operands = dq_operands<Traits>(shared, 0);
-  auto adder = make_dq_adder<Traits>(params, tile, shared, 0, thread);
+  auto adder = make_dq_adder<Traits>(params, shared, 0, thread);
 
   const int first_key = tile.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
   const BlockRange plain = plain_steps<Traits>(params.mask, tile);
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
   std::uint32_t p_phase = 0;
-  int late_m_block = -1;  // the step whose dQ is still to be multiplied; none yet
-  std::int64_t late_block = 0;
+  std::int64_t late_block = -1;  // of the step whose dQ is still to be multiplied; none yet
   auto multiply = [&] {
     barriers.ds_full[ds_ring.stage].wait(ds_ring.phase);
-    multiply_dq<Traits>(operands, barriers.ds_empty[ds_ring.stage], ds_ring.stage, late_m_block,
-                        late_block, adder);
+    multiply_dq<Traits>(operands, barriers.ds_empty[ds_ring.stage], ds_ring.stage, late_block,
+                        adder);
     ds_ring.advance();
   };
 
@@ -97,18 +97,16 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     barriers.dout_full[stage].wait(ring.phase);
     issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
     // Behind dV's product on the tensor cores: its wait is for dV too.
-    if (late_m_block >= 0) multiply();
+    if (late_block >= 0) multiply();
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdV);
     arrive_warp(barriers.dout_empty[stage]);
-    late_m_block = at.m_block;
     late_block = at.block;
     ring.advance();
   };
   start_gradients(rdV);
-  for_each_step(at, plain, step);
-  if (late_m_block >= 0) multiply();
-  adder.finish();
+  for_each_step<Traits>(at, plain, step);
+  if (late_block >= 0) multiply();
 }
 
 // dS = P * (dP - delta) in 16 bits, from the P of the first consumer.
@@ -142,7 +140,7 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
   Tensor tKrQ = mma_dk.get_thread_slice(0).partition_fragment_B(sQt);  // (MMA, 1, m/16, stages)
   auto operands = dq_operands<Traits>(shared, kWarpgroupThreads);
   auto writer = ds_writer<Traits>(shared, thread);
-  auto adder = make_dq_adder<Traits>(params, tile, shared, 1, thread);
+  auto adder = make_dq_adder<Traits>(params, shared, 1, thread);
 
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
@@ -177,14 +175,12 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
     arrive_warp(barriers.ds_full[ds_stage]);
     issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
     barriers.ds_full[ds_stage].wait(ds_ring.phase);
-    multiply_dq<Traits>(operands, barriers.ds_empty[ds_stage], ds_stage, at.m_block, at.block,
-                        adder);
+    multiply_dq<Traits>(operands, barriers.ds_empty[ds_stage], ds_stage, at.block, adder);
     warpgroup_fence_operand(rdK);
     arrive_warp(barriers.q_empty[stage]);
     ring.advance();
     ds_ring.advance();
   }
-  adder.finish();
 }
 
 }  // namespace hopper_attention

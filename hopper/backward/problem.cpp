@@ -115,9 +115,10 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
 
   const HeadDims dims =
       tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
-  const bool full = plan->mask.full() && !capped;
   plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
-               full ? MaskKind::kFull : MaskKind::kMasked};
+               capped                ? MaskKind::kCapped
+               : plan->mask.full() ? MaskKind::kFull
+                                   : MaskKind::kMasked};
   plan->config = make_backward_config(plan->key);
   plan->dq_layout = make_dq_layout(plan->config);
 
@@ -137,7 +138,7 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   const std::int64_t streamed = static_cast<std::int64_t>(args.seqlen_q) * group *
                                 (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
   plan->order = make_tile_order(args.seqlen_k, args.heads_kv, args.batch, plan->config.tile_n,
-                                !full, streamed, 1);
+                                plan->key.mask != MaskKind::kFull, streamed, 1);
   return {};
 }
 

@@ -19,6 +19,7 @@ namespace hopper_attention {
 enum class BackwardBarrier : std::uint32_t {
   kAll = 0,       // all consumers
   kConsumer = 1,  // 1 to 3: consumer i's threads
+  kAdded = 4,     // 4 to 6: consumer i's dQ of a step is added; its turn's keeper waits
 };
 
 CUTE_DEVICE void sync_consumers(int num_consumers) {
@@ -49,7 +50,7 @@ template <class Traits, class Scores>
 CUTE_DEVICE void exponentiate(BackwardParams const& params, float const* lse_log2, Scores& s) {
   constexpr int kSize = decltype(cute::size(s))::value;
   float scale = params.scale_log2;
-  if (Traits::kMasked && params.cap_log2 != 0.0f) {
+  if constexpr (Traits::kCapped) {
     CUTE_UNROLL
     for (int i = 0; i < kSize; ++i) {
       s(i) = params.cap_log2 * precise_tanh(s(i) * params.inner_scale);
@@ -103,7 +104,7 @@ template <class Traits, class Scores, class Operand>
 CUTE_DEVICE void round_ds(BackwardParams const& params, float const* delta, float const* lse_log2,
                           float4 p, Scores const& dp, int i, Operand& ds16) {
   const float2 d = column_pair(delta, i / 4);
-  if (Traits::kMasked && params.cap_log2 != 0.0f) {
+  if constexpr (Traits::kCapped) {
     const float2 lse = column_pair(lse_log2, i / 4);
     round_pair(ds16, i, capped_ds_of(params, p.x, dp(i), d.x, lse.x),
                capped_ds_of(params, p.y, dp(i + 1), d.y, lse.y));
@@ -155,6 +156,7 @@ struct QuerySteps {
                               tile.m_blocks.begin)) {}
 
   CUTE_DEVICE bool done() const { return heads_left == 0; }
+  CUTE_DEVICE bool last() const { return heads_left == 1 && m_block + 1 == blocks.end; }
   CUTE_DEVICE void advance() {
     ++block;
     if (++m_block < blocks.end) return;
@@ -175,12 +177,16 @@ CUTE_DEVICE BlockRange plain_steps(Mask const& mask, KeyTile const& tile) {
 // Calls step(true_type) for the steps whose P needs no mask, step(false_type) for the others, and
 // advances `at` after each. Two copies of the step in loops of their own: with a branch inside of
 // one loop ptxas overlays the gradients' registers with those of S and dP, and spills 350 bytes.
-template <class Step>
+template <class Traits, class Step>
 CUTE_DEVICE void for_each_step(QuerySteps& at, BlockRange plain, Step step) {
-  auto is_plain = [&] { return at.m_block >= plain.begin && at.m_block < plain.end; };
-  while (!at.done()) {
-    for (; !at.done() && !is_plain(); at.advance()) step(cute::false_type{});
-    for (; !at.done() && is_plain(); at.advance()) step(cute::true_type{});
+  if constexpr (Traits::kCapped) {  // tanh is slow anyhow
+    for (; !at.done(); at.advance()) step(cute::false_type{});
+  } else {
+    auto is_plain = [&] { return at.m_block >= plain.begin && at.m_block < plain.end; };
+    while (!at.done()) {
+      for (; !at.done() && !is_plain(); at.advance()) step(cute::false_type{});
+      for (; !at.done() && is_plain(); at.advance()) step(cute::true_type{});
+    }
   }
 }
 

@@ -30,7 +30,9 @@ struct BackwardTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kDsStages = kConfig.ds_stages;
   static constexpr int kConsumers = kConfig.num_consumers;
-  static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
+  static constexpr bool kCapped = kConfig.key.mask == MaskKind::kCapped;
+  static constexpr bool kAheadScores = kConfig.ahead_scores;
   static constexpr bool kPaired = is_paired(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
@@ -142,7 +144,7 @@ struct BackwardTraits {
     EmptyBarrier p_full;
     EmptyBarrier p_empty;
     EmptyBarrier dq_full[kConsumers];
-    EmptyBarrier dq_empty[kConsumers];
+    EmptyBarrier dq_empty[kConsumers];  // or, where consumers add themselves: their turn has come
   };
 
   struct alignas(kSharedAlignment) SharedStorage {

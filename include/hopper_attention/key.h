@@ -14,7 +14,11 @@ constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 // kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time; so
 // it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
 // In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
-enum class MaskKind : int { kFull = 0, kMasked = 1 };
+enum class MaskKind : int {
+  kFull = 0,
+  kMasked = 1,
+  kCapped = 2,  // of the backward pass, where kMasked does without soft caps
+};
 
 struct ForwardKey {
   Dtype dtype;
@@ -33,7 +37,9 @@ constexpr const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-constexpr const char* name_of(MaskKind mask) { return mask == MaskKind::kFull ? "full" : "masked"; }
+constexpr const char* name_of(MaskKind mask) {
+  return mask == MaskKind::kFull ? "full" : mask == MaskKind::kMasked ? "masked" : "capped";
+}
 
 struct HeadDims {
   int qk;
