@@ -14,7 +14,8 @@ constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 // kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time; so
 // it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
 // In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
-enum class MaskKind : int { kFull = 0, kMasked = 1 };
+// kPacked: kMasked for packed batches, whose lengths lie on the device.
+enum class MaskKind : int { kFull = 0, kMasked = 1, kPacked = 2 };
 
 struct ForwardKey {
   Dtype dtype;
@@ -33,7 +34,10 @@ constexpr const char* name_of(Dtype dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-constexpr const char* name_of(MaskKind mask) { return mask == MaskKind::kFull ? "full" : "masked"; }
+constexpr const char* name_of(MaskKind mask) {
+  constexpr const char* kNames[] = {"full", "masked", "packed"};
+  return kNames[static_cast<int>(mask)];
+}
 
 struct HeadDims {
   int qk;
