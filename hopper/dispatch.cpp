@@ -56,11 +56,25 @@ Status missing_instance(const ForwardKey& key) {
               "; build with -DHOPPER_ATTENTION_INSTANCES=.* to have all of them"};
 }
 
+PackedParams packed_params(const hopper_attention_forward_args& args, const ForwardPlan& plan) {
+  auto* const header = static_cast<PackedHeader*>(args.workspace);
+  return {{args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.batch,
+           args.seqlen_q, args.seqlen_k},
+          plan.packed_order,
+          header,
+          reinterpret_cast<TileEntry*>(header + 1),
+          plan.num_tiles / args.heads,
+          args.out,
+          args.out_stride_seq,
+          args.out_stride_head};
+}
+
 Status forward(const hopper_attention_forward_args& args) {
   if (Status status = check_forward_shape(args); !status.ok()) return status;
   int device = 0, num_sms = 0;
   if (Status status = current_device(&device, &num_sms); !status.ok()) return status;
-  if (args.batch == 0 || args.heads == 0 || args.seqlen_q == 0) return {};  // nothing to write
+  const bool no_rows = args.seqlen_q == 0 || (args.batch == 0 && !args.packed);
+  if (args.heads == 0 || no_rows) return {};  // nothing to write
   if (Status status = check_forward_tensors(args); !status.ok()) return status;
   ForwardPlan plan;
   if (Status status = plan_forward(args, num_sms, &plan); !status.ok()) return status;
@@ -83,6 +97,12 @@ Status forward(const hopper_attention_forward_args& args) {
   params.v_transposed = args.v_transposed != 0;
   params.out_float16 = args.out_dtype == HOPPER_ATTENTION_FLOAT16;
   const LaunchSpec spec{plan.grid, device, static_cast<cudaStream_t>(args.stream)};
+  if (args.packed) {
+    params.packed = packed_params(args, plan);
+    const cudaError_t error = launch_list_tiles(params.packed, params.mask, plan.config.tile_m(),
+                                                plan.config.tile_n, spec.stream);
+    if (error != cudaSuccess) return cuda_failure("list_tiles", error);
+  }
   const cudaError_t error = row->launch(params, spec);
   return error == cudaSuccess ? Status{} : cuda_failure(row->name, error);
 }
@@ -103,7 +123,7 @@ Status explain(const hopper_attention_forward_args& args, char* buffer, std::siz
       "\"compiled\": %s, \"reason\": \"%s\"}",
       row ? row->name : "", name_of(plan.key.dtype), name_of(plan.key.mask), plan.config.tile_m(),
       plan.config.tile_n, plan.config.stages, plan.config.num_consumers, plan.key.head_dim,
-      plan.key.head_dim_v, shared_bytes(plan.config), plan.grid, plan.order.num_tiles(),
+      plan.key.head_dim_v, shared_bytes(plan.config), plan.grid, plan.num_tiles,
       full ? "static" : "dynamic", find_row(kCompiledRows, plan.key) ? "true" : "false",
       plan.config.reason);
   return {};
@@ -121,6 +141,10 @@ hopper_attention_status hopper_attention_forward(const hopper_attention_forward_
 }
 
 size_t hopper_attention_forward_workspace_bytes(void) { return 2 * sizeof(unsigned int); }
+
+size_t hopper_attention_packed_workspace_bytes(int32_t total_q, int32_t batch) {
+  return total_q < 0 || batch < 0 ? 0 : packed_workspace_bytes(total_q, batch);
+}
 
 hopper_attention_status hopper_attention_explain_forward(const hopper_attention_forward_args* args,
                                                          char* buffer, size_t capacity) {

@@ -7,10 +7,10 @@
 
 namespace hopper_attention {
 
+// Brings O into this consumer's buffer in shared memory, rounded once.
 template <class Traits, class Output>
-CUTE_DEVICE void store_output(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                              Output const& rO, WorkTile tile, int first_row, int consumer,
-                              int thread) {
+CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output const& rO,
+                              int consumer, int thread) {
   using namespace cute;
   using Element = typename Traits::Element;
   constexpr int kSize = decltype(size(rO))::value;
@@ -19,24 +19,28 @@ CUTE_DEVICE void store_output(ForwardParams const& params, typename Traits::Shar
   *reinterpret_cast<cutlass::Array<Element, kSize>*>(rO16.data()) =
       convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(rO.data()));
 
-  const bool leader = thread == 0;
   // The buffer is free when the last tile's O has left it (and, where O lies on Q, when every warp
   // has multiplied with Q for the last time).
-  if (leader) tma_store_wait<0>();
+  if (thread == 0) tma_store_wait<0>();
   sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
-  Element* buffer = shared.o(consumer);
-  Tensor sO = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutO{});
+  Tensor sO = make_tensor(make_smem_ptr(shared.o(consumer)), typename Traits::LayoutO{});
   auto copy_o =
       make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
   auto thread_copy = copy_o.get_thread_slice(thread);
   copy(copy_o, thread_copy.retile_S(rO16), thread_copy.partition_D(sO));
   tma_store_fence();  // what TMA reads was written by ordinary stores
   sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
-  if (!leader) return;
+}
+
+// What one thread does once O is staged; row: of the tensor.
+template <class Traits>
+CUTE_DEVICE void send_output(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                             int row, int head, int batch, int consumer) {
+  using namespace cute;
+  auto* buffer = shared.o(consumer);
   CUTE_UNROLL
   for (int column = 0; column < Traits::kHeadDimV; column += Traits::kSlabV) {
-    SM90_TMA_STORE_4D::copy(&params.out, buffer + column * kConsumerRows, column, first_row,
-                            tile.head, tile.batch);
+    SM90_TMA_STORE_4D::copy(&params.out, buffer + column * kConsumerRows, column, row, head, batch);
   }
   tma_store_arrive();
   if constexpr (Traits::kOverlayO) {

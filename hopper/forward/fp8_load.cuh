@@ -81,7 +81,7 @@ CUTE_DEVICE void transpose_values(ForwardParams const& params,
   Tensor sRaw = make_tensor(make_smem_ptr(shared.raw[0]), typename Traits::LayoutRaw{});
   Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{});
   while (sink.next(barriers)) {
-    const BlockRange blocks = visited_blocks<Traits>(params, sink.tile(barriers).tile);
+    const BlockRange blocks = visited_blocks<Traits>(params.mask, sink.tile(barriers).tile);
     sink.release(barriers);
     for (int n_block = blocks.begin; n_block < blocks.end; ++n_block) {  // their number counts
       barriers.raw_full[raw_ring.stage].wait(raw_ring.phase);

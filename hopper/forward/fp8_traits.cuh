@@ -18,6 +18,7 @@ struct Fp8Traits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kPacked = false;
   static constexpr bool kFp8 = true;
   static constexpr bool kFast = kConfig.key.dtype == Dtype::kE4M3Fast;
   static constexpr bool kOnes = sums_by_ones(kConfig);

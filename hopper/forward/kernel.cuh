@@ -6,6 +6,8 @@
 #include "forward/epilogue.cuh"
 #include "forward/fp8_epilogue.cuh"
 #include "forward/fp8_load.cuh"
+#include "forward/packed_epilogue.cuh"
+#include "forward/packed_load.cuh"
 
 namespace hopper_attention {
 
@@ -25,7 +27,11 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
   }
   for (int i = 0; i < kTileSlots; ++i) {
     barriers.tile_full[i].init(1);
-    barriers.tile_empty[i].init(kConsumerWarps + 1 + transposers);  // and the warp that loads Q
+    // The warp that loads Q reads them too, and those that transpose V or clear its last rows.
+    barriers.tile_empty[i].init(kConsumerWarps + 1 + transposers + (Traits::kPacked ? 1 : 0));
+  }
+  if constexpr (Traits::kPacked) {
+    for (int i = 0; i < Traits::kStages; ++i) barriers.v_tail[i].init(1);
   }
   if constexpr (Traits::kMayTranspose) {
     for (int i = 0; i < kRawStages; ++i) {
@@ -39,25 +45,30 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
 template <class Traits>
 CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedStorage& shared) {
   const int warp = cutlass::canonical_warp_idx_sync();
-  using Values = cute::conditional_t<Traits::kFp8, Fp8ValueLoader<Traits>, ValueLoader<Traits>>;
+  using DenseValues =
+      cute::conditional_t<Traits::kFp8, Fp8ValueLoader<Traits>, ValueLoader<Traits>>;
+  using Values = cute::conditional_t<Traits::kPacked, PackedValueLoader<Traits>, DenseValues>;
+  using Source = cute::conditional_t<Traits::kPacked, PackedTileSource<Traits>, TileSource<Traits>>;
   if (warp == 0) {
-    if (cute::elect_one_sync()) produce_keys_values<Traits, Values>(params, shared);
+    if (cute::elect_one_sync()) produce_keys_values<Traits, Source, Values>(params, shared);
   } else if (warp == 1) {
     produce_queries<Traits>(params, shared);
   } else if constexpr (Traits::kMayTranspose) {
     if (!params.v_transposed) transpose_values<Traits>(params, shared, warp - 2);
+  } else if constexpr (Traits::kPacked) {
+    if (warp == 2) clear_last_values<Traits>(params, shared);
   }
 }
 
-// One tile of one consumer's rows, from its scores to O and LSE in global memory.
+// One tile of one consumer's rows, from its scores to O and LSE in global memory. mask: the tile's.
 template <class Traits>
 CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                              TileSink<Traits> const& sink, int consumer, int thread,
-                              Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
-                              std::uint32_t q_phase) {
+                              TileSink<Traits> const& sink, Mask const& mask, int consumer,
+                              int thread, Ring<Traits::kStages>& k_ring,
+                              Ring<Traits::kStages>& v_ring, std::uint32_t q_phase) {
   using namespace cute;
   const TileMessage message = sink.tile(shared.barriers);
-  const BlockRange blocks = visited_blocks<Traits>(params, message.tile);
+  const BlockRange blocks = visited_blocks<Traits>(mask, message.tile);
   const int first_row = message.tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
   float lse[kRowsPerThread];
   if constexpr (Traits::kFp8) {
@@ -75,12 +86,23 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     Softmax softmax{params.scale_log2};
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<typename Traits::M, typename Traits::Dv>{});
-    attend<Traits>(params, shared, blocks, first_row, consumer, thread, k_ring, v_ring, q_phase,
-                   softmax, rO);
+    attend<Traits>(params, shared, sink, mask, blocks, first_row, consumer, thread, k_ring, v_ring,
+                   q_phase, softmax, rO);
+    if constexpr (Traits::kPacked) {
+      asm volatile("" : "+r"(thread));  // else addresses made of it would last through the products
+      clear_unused_rows(softmax, rO, sink.sequence(shared.barriers).seqlen_q, first_row, thread);
+    }
     softmax.finish(rO, lse);
     const WorkTile tile = sink.tile(shared.barriers).tile;
-    store_output<Traits>(params, shared, rO, tile, first_row, consumer, thread);
-    store_lse(params, lse, tile, first_row, thread);
+    stage_output<Traits>(shared, rO, consumer, thread);
+    if constexpr (Traits::kPacked) {
+      store_packed(params, shared, sink, lse, tile.head, first_row, consumer, thread);
+    } else {
+      if (thread == 0) {
+        send_output<Traits>(params, shared, first_row, tile.head, tile.batch, consumer);
+      }
+      store_lse(params, lse, tile, first_row, thread);
+    }
   }
 }
 
@@ -93,7 +115,13 @@ CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedSto
   Ring<Traits::kStages> k_ring, v_ring;
   std::uint32_t q_phase = 0;
   while (sink.next(shared.barriers)) {
-    consume_tile<Traits>(params, shared, sink, consumer, thread, k_ring, v_ring, q_phase);
+    if constexpr (Traits::kPacked) {
+      const Mask mask = sink.mask(params, shared.barriers);
+      consume_tile<Traits>(params, shared, sink, mask, consumer, thread, k_ring, v_ring, q_phase);
+    } else {
+      consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
+                           q_phase);
+    }
     sink.release(shared.barriers);
     q_phase ^= 1;
   }

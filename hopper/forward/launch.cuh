@@ -29,6 +29,11 @@ cudaError_t launch_forward(const ForwardParams& params, const LaunchSpec& spec) 
   launch.blockDim = dim3(num_threads(Instance::kConfig));
   launch.dynamicSmemBytes = shared_bytes(Instance::kConfig);
   launch.stream = spec.stream;
+  cudaLaunchAttribute overlap{};  // with the kernel that lists a packed batch's tiles
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  launch.attrs = &overlap;
+  launch.numAttrs = is_packed(Instance::kConfig) ? 1 : 0;
   return cudaLaunchKernelEx(&launch, forward_kernel<Instance>, params);
 }
 

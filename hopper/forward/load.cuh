@@ -11,10 +11,13 @@
 namespace hopper_attention {
 
 template <class Traits>
-CUTE_DEVICE BlockRange visited_blocks(ForwardParams const& params, WorkTile tile) {
+CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
+  if constexpr (Traits::kPacked) {
+    return tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
+  }
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
-  const int row_end = min(row_begin + Traits::kConfig.tile_m(), params.mask.seqlen_q);
-  return key_blocks(params.mask, row_begin, row_end, Traits::kTileN);
+  const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
+  return key_blocks(mask, row_begin, row_end, Traits::kTileN);
 }
 
 // One tile of `rows` rows, slab by slab, into consecutive shared memory.
@@ -48,36 +51,40 @@ struct ValueLoader {
 };
 
 // Draws tiles and loads their K and V, right to left; V one block behind K, as they are consumed.
-template <class Traits, class Values>
+template <class Traits, class Source, class Values>
 CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
                                      typename Traits::SharedStorage& shared) {
   auto& barriers = shared.barriers;
   Ring<Traits::kStages> k_ring;
   Values values;
-  auto load_k = [&](int n_block, int head, int batch) {
+  auto load_k = [&](int first_row, int head, int batch) {
     barriers.k_empty[k_ring.stage].wait(k_ring.phase ^ 1);
     load_tile<Traits::kSlab, Traits::kHeadDim, Traits::kTileN>(
         params.k, barriers.k_full[k_ring.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
-        shared.k[k_ring.stage], n_block * Traits::kTileN, head, batch);
+        shared.k[k_ring.stage], first_row, head, batch);
     k_ring.advance();
   };
 
-  TileSource<Traits> source;
+  Source source;
+  source.start(params);
   int work_idx = blockIdx.x;
-  while (work_idx < params.order.num_tiles()) {
-    const WorkTile tile = params.order(work_idx);
-    const int head = tile.head / params.heads_per_kv;
-    source.publish(barriers, {tile, head});
-    const BlockRange blocks = visited_blocks<Traits>(params, tile);
+  while (source.has(params, work_idx)) {
+    const DrawnTile drawn = source.find(params, work_idx);
+    source.publish(barriers, drawn);
+    const int head = drawn.message.head_kv;
+    const int batch = Traits::kPacked ? 0 : drawn.message.tile.batch;
+    if constexpr (Traits::kPacked) values.start_tile(drawn);
+    const BlockRange blocks =
+        visited_blocks<Traits>(source.mask(params, drawn), drawn.message.tile);
     for (int n_block = blocks.end - 1; n_block >= blocks.begin - 1; --n_block) {
-      if (n_block >= blocks.begin) load_k(n_block, head, tile.batch);
-      if (n_block + 1 < blocks.end) values.load(params, shared, n_block + 1, head, tile.batch);
+      if (n_block >= blocks.begin) load_k(drawn.k_begin + n_block * Traits::kTileN, head, batch);
+      if (n_block + 1 < blocks.end) values.load(params, shared, n_block + 1, head, batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
     // its longest one, and the longest tiles would pair up (4% of a causal run at 16k).
     work_idx = source.draw(params, work_idx);
   }
-  source.publish(barriers, kNoMoreTiles);
+  source.publish(barriers, no_more_tiles());
   source.finish(params);
 }
 
@@ -91,14 +98,18 @@ CUTE_DEVICE void produce_queries(ForwardParams const& params,
   std::uint32_t phase = 0;
   while (sink.next(barriers)) {
     const WorkTile tile = sink.tile(barriers).tile;
+    int first_row = 0;
+    if constexpr (Traits::kPacked) first_row = sink.sequence(barriers).q_begin;
+    const int batch = Traits::kPacked ? 0 : tile.batch;
     sink.release(barriers);
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
       barriers.q_empty[consumer].wait(phase ^ 1);
       if (cute::elect_one_sync()) {
         load_tile<Traits::kSlab, Traits::kHeadDim, kConsumerRows>(
             params.q, barriers.q_full[consumer], cute::TMA::CacheHintSm90::EVICT_FIRST,
-            shared.q[consumer], tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows,
-            tile.head, tile.batch);
+            shared.q[consumer],
+            first_row + tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows,
+            tile.head, batch);
       }
       __syncwarp();
     }

@@ -60,9 +60,10 @@ CUTE_DEVICE BlockRange own_blocks(Mask const& mask, BlockRange blocks, int first
 // thread: 0 to 127 within the consumer. ring: this consumer's place in K's and V's stages.
 template <class Traits, class Output>
 CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                        BlockRange blocks, int first_row, int consumer, int thread,
-                        Ring<Traits::kStages>& k_ring, Ring<Traits::kStages>& v_ring,
-                        std::uint32_t q_phase, Softmax& softmax, Output& rO) {
+                        TileSink<Traits> const& sink, Mask const& mask, BlockRange blocks,
+                        int first_row, int consumer, int thread, Ring<Traits::kStages>& k_ring,
+                        Ring<Traits::kStages>& v_ring, std::uint32_t q_phase, Softmax& softmax,
+                        Output& rO) {
   using namespace cute;
   using Element = typename Traits::Element;
   auto& barriers = shared.barriers;
@@ -84,12 +85,12 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
 
   // The tile's blocks are those of all consumers; this one's rows may see fewer, or lie past the
   // end.
-  const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
+  const BlockRange own = own_blocks<Traits>(mask, blocks, first_row);
   const int row = first_row + thread / 32 * 16 + thread % 32 / 4;  // this thread's first
-  const int row_end = min(first_row + kConsumerRows, params.mask.seqlen_q);
+  const int row_end = min(first_row + kConsumerRows, mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
-                               : plain_blocks(params.mask, first_row, row_end, Traits::kTileN);
+                               : plain_blocks(mask, first_row, row_end, Traits::kTileN);
 
   auto wait_k = [&] { barriers.k_full[k_ring.stage].wait(k_ring.phase); };
   auto score = [&] {
@@ -125,7 +126,11 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(rS, params);
     }
-    mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
+    if constexpr (Traits::kPacked) {  // the mask of this sequence, anew: registers are short
+      mask_scores<false>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
+    } else {
+      mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
+    }
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
   constexpr bool kHoldsByRelease =

@@ -6,9 +6,23 @@
 
 #include "hopper_attention/fp8.h"
 #include "hopper_attention/mask.h"
+#include "hopper_attention/packed.h"
 #include "hopper_attention/tile_order.h"
 
 namespace hopper_attention {
+
+// Of packed batches alone. There `batch` is 1 in every tensor and a sequence length is a total;
+// mask is made for the totals.
+struct PackedParams {
+  PackedLengths lengths;
+  PackedOrder order;
+  PackedHeader* header;
+  TileEntry* entries;
+  int max_entries;
+  void* out;  // what TMA stores to, for rows that it cannot store
+  std::int64_t out_stride_row;
+  std::int64_t out_stride_head;
+};
 
 struct ForwardParams {
   CUtensorMap q;    // (head_dim, seqlen_q, heads, batch), boxes of one slab x kConsumerRows
@@ -34,6 +48,8 @@ struct ForwardParams {
   int head_dim_v;
   bool v_transposed;
   bool out_float16;  // else bfloat16
+
+  PackedParams packed;
 };
 
 struct LaunchSpec {
@@ -41,6 +57,10 @@ struct LaunchSpec {
   int device;
   cudaStream_t stream;
 };
+
+// Lists the tiles of a packed batch, for the kernel that follows on the stream.
+cudaError_t launch_list_tiles(const PackedParams& packed, const Mask& mask, int tile_m, int tile_n,
+                              cudaStream_t stream);
 
 using ForwardLauncher = cudaError_t (*)(const ForwardParams&, const LaunchSpec&);
 

@@ -82,6 +82,46 @@ Status check_fp8_fields(const hopper_attention_forward_args& a) {
   return {};
 }
 
+Status check_packed_fields(const hopper_attention_forward_args& a) {
+  if (a.packed != 0 && a.packed != 1) {
+    return Status::invalid(show("packed", a.packed) + "; allowed are 0 and 1");
+  }
+  if (a.packed == 0) {
+    const bool used = a.cu_seqlens_q != nullptr || a.cu_seqlens_k != nullptr ||
+                      a.seqused_q != nullptr || a.seqused_k != nullptr;
+    if (!used) return {};
+    return Status::invalid("packed is 0; cu_seqlens and seqused are for packed batches alone");
+  }
+  if (a.batch > kMaxLength) {
+    return Status::invalid(show("batch", a.batch) + "; allowed are 0 to " +
+                           std::to_string(kMaxLength));
+  }
+  if (a.dtype == HOPPER_ATTENTION_E4M3) {
+    return {HOPPER_ATTENTION_NOT_SUPPORTED, "packed batches are float16 or bfloat16, not e4m3"};
+  }
+  return {};
+}
+
+Status check_packed_tensors(const hopper_attention_forward_args& a) {
+  const struct {
+    const char* name;
+    const void* data;
+    bool needed;
+  } lengths[] = {{"cu_seqlens_q", a.cu_seqlens_q, true},
+                 {"cu_seqlens_k", a.cu_seqlens_k, true},
+                 {"seqused_q", a.seqused_q, false},
+                 {"seqused_k", a.seqused_k, false}};
+  for (const auto& tensor : lengths) {
+    if (tensor.needed && tensor.data == nullptr) {
+      return Status::invalid(std::string(tensor.name) + " is null");
+    }
+    if (reinterpret_cast<std::uintptr_t>(tensor.data) % 4 != 0) {
+      return Status::invalid(std::string(tensor.name) + " is not aligned to 4 bytes");
+    }
+  }
+  return {};
+}
+
 // How far a token's index is shifted to find its scale's.
 int scale_shift(int tokens) {
   if (tokens == 0) return 31;
@@ -147,29 +187,31 @@ Status check_forward_shape(const hopper_attention_forward_args& args) {
     return Status::invalid("softcap is " + std::to_string(args.softcap) +
                            "; allowed are 0 (off) and positive numbers");
   }
+  if (Status status = check_packed_fields(args); !status.ok()) return status;
   return check_fp8_fields(args);
 }
 
 Status check_forward_tensors(const hopper_attention_forward_args& a) {
+  const int batch = a.packed ? 1 : a.batch;
   const TensorField tensors[] = {
       {"q",
        a.q,
-       {{"batch", a.q_stride_batch, a.batch},
+       {{"batch", a.q_stride_batch, batch},
         {"seq", a.q_stride_seq, a.seqlen_q},
         {"head", a.q_stride_head, a.heads}}},
       {"out",
        a.out,
-       {{"batch", a.out_stride_batch, a.batch},
+       {{"batch", a.out_stride_batch, batch},
         {"seq", a.out_stride_seq, a.seqlen_q},
         {"head", a.out_stride_head, a.heads}}},
       {"k",
        a.k,
-       {{"batch", a.k_stride_batch, a.batch},
+       {{"batch", a.k_stride_batch, batch},
         {"seq", a.k_stride_seq, a.seqlen_k},
         {"head", a.k_stride_head, a.heads_kv}}},
       {"v",
        a.v,
-       {{"batch", a.v_stride_batch, a.batch},
+       {{"batch", a.v_stride_batch, batch},
         {"seq", a.v_stride_seq, a.v_transposed ? a.head_dim_v : a.seqlen_k},
         {"head", a.v_stride_head, a.heads_kv}}}};
   for (const TensorField& tensor : tensors) {
@@ -178,9 +220,37 @@ Status check_forward_tensors(const hopper_attention_forward_args& a) {
     const bool bytes = a.dtype == HOPPER_ATTENTION_E4M3 && tensor.data != a.out;
     if (Status status = check_tensor(tensor, bytes ? 16 : 8); !status.ok()) return status;
   }
-  if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % 4 != 0) {
-    return Status::invalid("workspace is null or not aligned to 4 bytes");
+  const int alignment = a.packed ? 16 : 4;
+  if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % alignment != 0) {
+    return Status::invalid("workspace is null or not aligned to " + std::to_string(alignment) +
+                           " bytes");
   }
+  return a.packed ? check_packed_tensors(a) : Status{};
+}
+
+// Which tiles there are and in which order, for a plan that has its config.
+static Status plan_tiles(const hopper_attention_forward_args& args, int num_sms, bool longest_first,
+                         ForwardPlan* plan) {
+  const int tile_m = plan->config.tile_m();
+  const std::int64_t m_blocks = (static_cast<std::int64_t>(args.seqlen_q) + tile_m - 1) / tile_m;
+  const std::int64_t blocks =
+      args.packed ? max_entries(args.seqlen_q, args.batch, tile_m) : m_blocks * args.batch;
+  const double tiles = static_cast<double>(blocks) * args.heads;
+  if (tiles >= static_cast<double>(INT_MAX) - (1 << 20)) {
+    return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
+                           std::to_string(tile_m) + " rows");
+  }
+  const std::int64_t bytes_per_key =
+      (args.head_dim + args.head_dim_v) * element_bytes(plan->key.dtype);
+  const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
+  plan->num_tiles = static_cast<int>(blocks) * args.heads;
+  if (args.packed) {
+    plan->packed_order = make_packed_order(args.seqlen_k, args.heads, heads_per_kv, bytes_per_key);
+  } else {
+    plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, tile_m, longest_first,
+                                  args.seqlen_k * bytes_per_key, heads_per_kv);
+  }
+  plan->grid = std::min(std::max(1, num_sms - args.sm_margin), plan->num_tiles);
   return {};
 }
 
@@ -202,25 +272,12 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
   const HeadDims dims = tile_head_dims(dtype, args.head_dim, args.head_dim_v);
   const bool full = plan->mask.full() && !plan->transform_scores;
   const bool plain = full && (!fp8 || (args.v_transposed && !fast));
-  plan->key = {dtype, dims.qk, dims.v, tile_mask(dtype, dims.qk, plain, args.seqlen_k)};
+  const MaskKind mask =
+      args.packed ? MaskKind::kPacked : tile_mask(dtype, dims.qk, plain, args.seqlen_k);
+  plan->key = {dtype, dims.qk, dims.v, mask};
   plan->config = make_forward_config(plan->key);
 
-  const std::int64_t m_blocks =
-      (static_cast<std::int64_t>(args.seqlen_q) + plan->config.tile_m() - 1) /
-      plan->config.tile_m();
-  const double tiles = static_cast<double>(m_blocks) * args.heads * args.batch;
-  if (tiles >= static_cast<double>(INT_MAX) - (1 << 20)) {
-    return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
-                           std::to_string(plan->config.tile_m()) + " rows");
-  }
-  const std::int64_t kv_bytes = static_cast<std::int64_t>(args.seqlen_k) *
-                                (args.head_dim + args.head_dim_v) * element_bytes(dtype);
-  const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
-  plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->config.tile_m(), !full,
-                                kv_bytes, heads_per_kv);
-  const int blocks = std::max(1, num_sms - args.sm_margin);
-  plan->grid = std::min(blocks, plan->order.num_tiles());
-  return {};
+  return plan_tiles(args, num_sms, !full, plan);
 }
 
 }  // namespace hopper_attention

@@ -7,6 +7,7 @@
 #include "hopper_attention/config.h"
 #include "hopper_attention/fp8.h"
 #include "hopper_attention/mask.h"
+#include "hopper_attention/packed.h"
 #include "hopper_attention/tile_order.h"
 #include "status.h"
 
@@ -16,7 +17,9 @@ struct ForwardPlan {
   ForwardKey key;
   ForwardConfig config;
   Mask mask;
-  TileOrder order;
+  TileOrder order;           // of a dense batch
+  PackedOrder packed_order;  // of a packed one
+  int num_tiles;             // at most, where a packed batch's lengths are not known here
   int grid;
   float scale_log2;
   bool transform_scores;

@@ -7,7 +7,14 @@
 
 namespace hopper_attention {
 
-inline constexpr TileMessage kNoMoreTiles{{0, 0, 0}, -1};
+// A tile, and in packed batches its sequence.
+struct DrawnTile {
+  TileMessage message;
+  TileSequence sequence;
+  int k_begin;
+};
+
+CUTE_DEVICE constexpr DrawnTile no_more_tiles() { return {{{0, 0, 0}, -1}, {}, 0}; }
 
 // The drawing side. Without a mask all tiles cost the same and block b takes b, b + grid, ...; with
 // one, a global counter hands out the next tile (longest first), and the last block to find none
@@ -16,15 +23,28 @@ template <class Traits>
 struct TileSource {
   Ring<kTileSlots> slot;
 
+  CUTE_DEVICE void start(ForwardParams const&) const {}
+  CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) const {
+    return work_idx < params.order.num_tiles();
+  }
+  CUTE_DEVICE DrawnTile find(ForwardParams const& params, int work_idx) const {
+    const WorkTile tile = params.order(work_idx);
+    return {{tile, tile.head / params.heads_per_kv}, {}, 0};
+  }
+  CUTE_DEVICE Mask const& mask(ForwardParams const& params, DrawnTile const&) const {
+    return params.mask;
+  }
+
   CUTE_DEVICE int draw(ForwardParams const& params, int current) const {
     if constexpr (!Traits::kMasked) return current + gridDim.x;
     const int next = gridDim.x + atomicAdd(&params.counters[0], 1u);
     return next;
   }
 
-  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, TileMessage message) {
+  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, DrawnTile const& tile) {
     barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
-    barriers.tiles[slot.stage] = message;
+    barriers.tiles[slot.stage] = tile.message;
+    if constexpr (Traits::kPacked) barriers.sequences[slot.stage] = tile.sequence;
     barriers.tile_full[slot.stage].arrive();
     slot.advance();
   }
@@ -60,6 +80,21 @@ struct TileSink {
                    "=r"(message.head_kv)
                  : "r"(cute::cast_smem_ptr_to_uint(&barriers.tiles[slot.stage])));
     return message;
+  }
+
+  // Likewise its sequence and that one's mask, in packed batches alone.
+  CUTE_DEVICE TileSequence sequence(typename Traits::Barriers& barriers) const {
+    TileSequence sequence;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+                 : "=r"(sequence.q_begin), "=r"(sequence.rows), "=r"(sequence.seqlen_q),
+                   "=r"(sequence.seqlen_k)
+                 : "r"(cute::cast_smem_ptr_to_uint(&barriers.sequences[slot.stage])));
+    return sequence;
+  }
+
+  CUTE_DEVICE Mask mask(ForwardParams const& params, typename Traits::Barriers& barriers) const {
+    const TileSequence current = sequence(barriers);
+    return sequence_mask(params.mask, current.seqlen_q, current.seqlen_k);
   }
 
   CUTE_DEVICE void release(typename Traits::Barriers& barriers) {

@@ -6,7 +6,7 @@
 
 #include "common/barriers.cuh"
 #include "hopper_attention/budget.h"
-#include "hopper_attention/tile_order.h"
+#include "hopper_attention/packed.h"
 
 namespace hopper_attention {
 
@@ -16,6 +16,7 @@ struct alignas(kTileMessageBytes) TileMessage {
   int head_kv;  // negative: there are no more tiles
 };
 static_assert(sizeof(TileMessage) == kTileMessageBytes, "one 16-byte load");
+static_assert(sizeof(TileSequence) == kTileSequenceBytes, "one 16-byte load");
 
 // Instance is a struct with `static constexpr ForwardConfig kConfig`.
 template <class Instance>
@@ -30,7 +31,8 @@ struct ForwardTraits {
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
-  static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kPacked = is_packed(kConfig);
+  static constexpr bool kMasked = kPacked || kConfig.key.mask == MaskKind::kMasked;
   static constexpr bool kFp8 = false;
   static constexpr bool kMayTranspose = false;
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
@@ -77,9 +79,12 @@ struct ForwardTraits {
     EmptyBarrier q_empty[kConsumers];
     EmptyBarrier k_empty[kStages];
     EmptyBarrier v_empty[kStages];
+    FullBarrier
+        v_tail[kPacked ? kStages + kStages % 2 : 0];  // V whose last rows wait to be cleared
     EmptyBarrier tile_full[kTileSlots];
     EmptyBarrier tile_empty[kTileSlots];
     TileMessage tiles[kTileSlots];
+    TileSequence sequences[kPacked ? kTileSlots : 0];
   };
 
   struct alignas(kSharedAlignment) SharedStorage {

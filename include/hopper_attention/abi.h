@@ -45,7 +45,8 @@ typedef enum hopper_attention_accumulation {
   HOPPER_ATTENTION_ACCUMULATE_FAST = 1   // all of it on the tensor cores: wrong for long contexts
 } hopper_attention_accumulation;
 
-// Dense forward attention: O = softmax(scale * Q K^T + mask) V, one sequence length for the batch.
+// Forward attention: O = softmax(scale * Q K^T + mask) V. Dense: one sequence length for the batch.
+// Packed: sequences of any lengths, one after the other, whose lengths lie on the device.
 typedef struct hopper_attention_forward_args {
   uint64_t struct_size;  // sizeof(hopper_attention_forward_args)
 
@@ -81,7 +82,8 @@ typedef struct hopper_attention_forward_args {
   int32_t sm_margin;  // multiprocessors to leave free, 0 or more
 
   // hopper_attention_forward_workspace_bytes() of device memory, zero before its first use; each
-  // call leaves it zero again. Calls that may run at the same time need one each.
+  // call leaves it zero again. For a packed batch hopper_attention_packed_workspace_bytes(), with
+  // any contents. Calls that may run at the same time need one each.
   void* workspace;
   void* stream;  // cudaStream_t; null is the default stream
 
@@ -107,14 +109,32 @@ typedef struct hopper_attention_forward_args {
   int64_t v_descale_stride_batch, v_descale_stride_head;
   int64_t v_descale_stride_channel;  // 0: one scale for all channels; 1
   int64_t v_token_factor_stride_batch, v_token_factor_stride_head;
+
+  // 1: a packed batch of float16 or bfloat16. q and out are (seqlen_q, heads, ...), k and v
+  // (seqlen_k, heads_kv, ...) and lse (heads, seqlen_q), where seqlen_q and seqlen_k are the totals
+  // and batch is the number of sequences; strides of the batch are not taken. Sequence i has rows
+  // cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q and out, and those of cu_seqlens_k of k and v. Rows
+  // of out that no sequence uses become 0, and their lse -inf.
+  int32_t packed;
+  // On the device, and read when the kernel runs: (batch + 1), not decreasing, the first 0. Where
+  // they are not, no memory outside the tensors is touched, but out is meaningless.
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  // (batch), on the device: how many of its rows a sequence uses, from its first. Null: all.
+  const int32_t* seqused_q;
+  const int32_t* seqused_k;
 } hopper_attention_forward_args;
 
 // Enqueues the kernel. HOPPER_ATTENTION_OK does not mean that it has run.
 HOPPER_ATTENTION_API hopper_attention_status
 hopper_attention_forward(const hopper_attention_forward_args* args);
 
-// Bytes of workspace a forward call needs; the same for every call.
+// Bytes of workspace a dense forward call needs; the same for every call.
 HOPPER_ATTENTION_API size_t hopper_attention_forward_workspace_bytes(void);
+
+// Bytes of workspace, aligned to 16, that a call of a packed batch needs: 32 for each 128 query
+// rows and for each sequence, and 512 at most beside them. 0 where a size is negative.
+HOPPER_ATTENTION_API size_t hopper_attention_packed_workspace_bytes(int32_t total_q, int32_t batch);
 
 // Writes a JSON object that names the instance, tile, grid and reason for the call that args
 // describes, into buffer (NUL-terminated, cut at capacity). Pointers in args are not read and may

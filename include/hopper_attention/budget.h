@@ -15,6 +15,7 @@ inline constexpr int kOnesRows = 8;     // the fewest columns by which a WGMMA c
 inline constexpr int kTransposeWarps = 2;
 inline constexpr int kTileSlots = 2;  // work tiles that travel from the producer to the consumers
 inline constexpr int kTileMessageBytes = 16;
+inline constexpr int kTileSequenceBytes = 16;  // beside it in packed batches
 
 struct RegisterSplit {
   int launch;    // a thread's at launch, before setmaxnreg
@@ -73,12 +74,20 @@ constexpr int kv_bytes(const ForwardConfig& config) {
          row_sum_bytes(config);
 }
 
+constexpr bool is_packed(const ForwardConfig& config) {
+  return config.key.mask == MaskKind::kPacked;
+}
+
 // One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
-// and for each block to transpose; 8 bytes each, and 16 bytes a tile slot for the tile.
+// and for each block to transpose, and one for each stage of V whose last rows are cleared; 8 bytes
+// each, and 16 bytes a tile slot for the tile, in packed batches 32.
 constexpr int barrier_bytes(const ForwardConfig& config) {
   const int raw_stages = may_transpose(config) ? kRawStages : 0;
-  const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages);
-  return barriers * 8 + kTileSlots * kTileMessageBytes;
+  const int tail_stages = is_packed(config) ? config.stages + config.stages % 2 : 0;  // 16 bytes
+  const int barriers =
+      2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages) + tail_stages;
+  const int message = kTileMessageBytes + (is_packed(config) ? kTileSequenceBytes : 0);
+  return barriers * 8 + kTileSlots * message;
 }
 
 constexpr int kSharedAlignment = 1024;  // the 128-byte swizzle repeats every 1024 bytes

@@ -14,11 +14,9 @@ constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 // kMasked: causal masks, windows, soft caps and scales that are not positive, all at run time; so
 // it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
 // In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
-enum class MaskKind : int {
-  kFull = 0,
-  kMasked = 1,
-  kCapped = 2,  // of the backward pass, where kMasked does without soft caps
-};
+// kPacked: kMasked for packed batches, whose lengths lie on the device.
+// kCapped: kMasked with a soft cap; of the backward pass only, where kMasked does without.
+enum class MaskKind : int { kFull = 0, kMasked = 1, kPacked = 2, kCapped = 3 };
 
 struct ForwardKey {
   Dtype dtype;
@@ -38,7 +36,8 @@ constexpr const char* name_of(Dtype dtype) {
 }
 
 constexpr const char* name_of(MaskKind mask) {
-  return mask == MaskKind::kFull ? "full" : mask == MaskKind::kMasked ? "masked" : "capped";
+  constexpr const char* kNames[] = {"full", "masked", "packed", "capped"};
+  return kNames[static_cast<int>(mask)];
 }
 
 struct HeadDims {
