@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import readme_backward
 import readme_fp8
 import readme_training
 from md_tables import MISSING, length, listing, table
@@ -237,6 +238,10 @@ _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
     "shapes": shapes,
     "host": host,
     "rmse": rmse,
+    "backward": readme_backward.backward,
+    "backward_deterministic": readme_backward.deterministic,
+    "backward_shapes": readme_backward.shapes,
+    "backward_rmse": readme_backward.rmse,
     "fp8_forward": readme_fp8.forward,
     "fp8_quantizer": readme_fp8.quantizer,
     "fp8_end_to_end": readme_fp8.end_to_end,
@@ -267,7 +272,8 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
     for name, make_one in _FROM_RESULTS.items():
         sources[name] = (results, partial(make_one, document))
     suites = {record["suite"] for record in document["records"]}
-    absent = {name for name, suite in readme_fp8.SUITE_OF.items() if suite not in suites}
+    suite_of = readme_backward.SUITE_OF | readme_fp8.SUITE_OF
+    absent = {name for name, suite in suite_of.items() if suite not in suites}
     made, missing = {"training": readme_training.section()}, {}
     for name, (path, make) in sources.items():
         if path.exists() and name not in absent:

@@ -132,9 +132,10 @@ def test_stored_results_are_shown_without_a_card(stored, tmp_path):
     [
         (
             [],
-            "name a suite: forward, forward-shapes, host, rmse, fp8, quantize, fp8-accuracy or all",
+            "name a suite: forward, forward-shapes, host, rmse, backward, backward-shapes, "
+            "backward-rmse, fp8, quantize, fp8-accuracy or all",
         ),
-        (["backward"], "unknown suite 'backward'"),
+        (["sideways"], "unknown suite 'sideways'"),
         (["forward", "--only", "d512"], "'d512' matches no shape"),
         (["forward", "--only", "("], "no regular expression"),
         (["forward", "--reps", "5"], "reps"),
@@ -142,7 +143,7 @@ def test_stored_results_are_shown_without_a_card(stored, tmp_path):
     ],
 )
 def test_wrong_arguments_are_named(arguments, words):
-    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "200"})
+    result = CliRunner().invoke(app, ["bench", *arguments], env={"COLUMNS": "220"})
     assert result.exit_code == 2
     assert words in re.sub(r"\s+", " ", result.output.replace("│", " "))
 

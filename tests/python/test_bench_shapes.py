@@ -52,8 +52,8 @@ def test_quick_is_a_part():
 
 
 def test_an_unknown_suite_is_named():
-    with pytest.raises(ValueError, match="'backward'; allowed are forward, "):
-        suite_shapes("backward")
+    with pytest.raises(ValueError, match="'sideways'; allowed are forward, "):
+        suite_shapes("sideways")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -37,8 +38,8 @@ class Outcome:
     excluded: list[tuple[str, str, str]] = field(default_factory=list)
 
     def ours_failed(self) -> bool:
-        """Whether our own implementation is among the excluded."""
-        return any(name == OURS for name, _, _ in self.excluded)
+        """Whether our own implementation, or a variant of it, is among the excluded."""
+        return any(name == OURS or name.startswith(OURS + "_") for name, _, _ in self.excluded)
 
 
 def select(shapes: Sequence[Shape], only: str | None) -> list[Shape]:
@@ -98,6 +99,31 @@ def check_alive(clock: Clock, blame: str) -> None:
         clock.synchronize()
     except RuntimeError as error:
         raise DeviceLostError(f"the CUDA context is lost after {blame}") from error
+
+
+@contextlib.contextmanager
+def explained(name: str, label: str, clock: Clock) -> Iterator[None]:
+    """Runs a contestant's calls: whatever they raise, the others go on.
+
+    Args:
+        name: The contestant's.
+        label: The shape's.
+        clock: Waits for the device.
+
+    Raises:
+        UnavailableError: The calls raised something; the message says what.
+        DeviceLostError: They broke the CUDA context.
+    """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except UnavailableError:
+            raise
+        except Exception as error:
+            reason = explain_failure(error, caught)
+            check_alive(clock, f"{name} on {label}: {reason}")
+            raise UnavailableError(reason) from error
 
 
 def run_timed(
@@ -169,12 +195,12 @@ def _run_shape(
     medians = round_robin(runs, reps, clock, contexts)
     for name, ms in medians.items():
         of = shape if ready[name].stands_for else replace(shape, dtype=shape.input_dtype)
-        measured: dict[str, float] = {"ms": _rounded(ms)}
+        measured: dict[str, float] = {"ms": rounded(ms)}
         if suite == "host":
-            measured["host_us"] = _rounded(ms * 1e3)
+            measured["host_us"] = rounded(ms * 1e3)
         else:
-            measured["tflops"] = _rounded(shape.flops() / ms * 1e-9)
-        measured["rmse"] = _rounded(errors[name].rmse)
+            measured["tflops"] = rounded(shape.flops() / ms * 1e-9)
+        measured["rmse"] = rounded(errors[name].rmse)
         outcome.records.append(make_record(suite, name, of, run, **measured))
 
 
@@ -185,7 +211,8 @@ def expect_fp8(shape: Shape, bound: Bound, out: Tensor) -> accuracy.Expected:
     return accuracy.expect(shape, *bound.stands_for(), usual=usual)
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
+    """Rounds a figure to the digits that are kept of it."""
     return float(f"{value:.6g}")
 
 
@@ -197,23 +224,15 @@ def _check(
     clock: Clock,
 ) -> tuple[Bound, accuracy.Errors]:
     """Warms a contestant up and checks its output; raises UnavailableError or DeviceLostError."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            bound = contestant.bind(shape, *inputs)
-            with contestant.context():
-                warm_up(bound.run, clock)
-                out = bound.to_bshd(bound.run())
-            if bound.stands_for is not None:
-                expected = expect_fp8(shape, bound, out)
-            errors = accuracy.compare(out, expected)
-            clock.synchronize()
-        except UnavailableError:
-            raise
-        except Exception as error:  # whatever a peer raises, the others go on
-            reason = explain_failure(error, caught)
-            check_alive(clock, f"{contestant.name} on {shape.label}: {reason}")
-            raise UnavailableError(reason) from error
+    with explained(contestant.name, shape.label, clock):
+        bound = contestant.bind(shape, *inputs)
+        with contestant.context():
+            warm_up(bound.run, clock)
+            out = bound.to_bshd(bound.run())
+        if bound.stands_for is not None:
+            expected = expect_fp8(shape, bound, out)
+        errors = accuracy.compare(out, expected)
+        clock.synchronize()
     complaint = accuracy.wrong(errors, expected)
     if complaint is not None:
         raise UnavailableError(complaint)

@@ -9,12 +9,15 @@ from typing import Any
 
 from hopper_attention.bench import machine, records, sources
 from hopper_attention.bench.accuracy import FP8_NOTE, SAMPLE_NOTE
+from hopper_attention.bench.backward import BackwardContestant
+from hopper_attention.bench.backward_suites import run_backward, run_backward_rmse
 from hopper_attention.bench.contestants import Contestant
 from hopper_attention.bench.fp8_accuracy import run_fp8_accuracy
+from hopper_attention.bench.gradients import GRADIENTS_NOTE
 from hopper_attention.bench.quantizer import run_quantize
 from hopper_attention.bench.rmse import run_rmse
 from hopper_attention.bench.runner import Outcome, Progress, run_timed
-from hopper_attention.bench.shapes import Shape
+from hopper_attention.bench.shapes import BACKWARD_SUITES, Shape
 from hopper_attention.bench.timing import Ceilings, Clock, CudaClock
 
 NOTES = [
@@ -24,6 +27,7 @@ NOTES = [
     "gbps: suite quantize: each 16-bit input read once and each e4m3 output written once, over the "
     "time; copy: a device copy that reads and writes as many bytes",
     SAMPLE_NOTE,
+    GRADIENTS_NOTE,
     FP8_NOTE,
     "run: when the run began; only records of one run are compared, for cards slow down as they "
     "warm up",
@@ -41,6 +45,7 @@ class Session:
         json_file: Where results go, or None.
         device: Where the tensors live.
         clock: What measures instead of each suite's own clock; for tests.
+        backward: Who takes part in those of the backward pass.
         fp8: Who takes part in those of e4m3.
         header: The machine and the sources, as result files have them.
         outcome: What was measured so far.
@@ -54,6 +59,7 @@ class Session:
     json_file: Path | None = None
     device: str = "cuda"
     clock: Clock | None = None
+    backward: Sequence[BackwardContestant] = ()
     fp8: Sequence[Contestant] = ()
     header: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
@@ -69,7 +75,8 @@ class Session:
 
     def steps(self) -> int:
         """Counts the calls that `run` makes of its argument progress."""
-        return 2 + sum(len(shapes) * (2 if suite == "rmse" else 1) for suite, shapes in self.plan)
+        twice = ("rmse", "backward-rmse")  # once for each distribution
+        return 2 + sum(len(shapes) * (2 if suite in twice else 1) for suite, shapes in self.plan)
 
     def run(self, progress: Progress) -> None:
         """Measures everything; results are saved shape by shape.
@@ -108,6 +115,10 @@ class Session:
         }
         if suite == "rmse":
             run_rmse(shapes, self.contestants, self.outcome, **common)
+        elif suite == "backward-rmse":
+            run_backward_rmse(shapes, self.backward, self.outcome, **common)
+        elif suite in BACKWARD_SUITES:
+            run_backward(suite, shapes, self.backward, self.outcome, reps=self.reps, **common)
         elif suite == "quantize":
             run_quantize(shapes, self.outcome, reps=self.reps, **common)
         elif suite == "fp8-accuracy":

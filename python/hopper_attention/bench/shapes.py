@@ -10,8 +10,11 @@ LENGTHS = (512, 1_024, 2_048, 4_096, 8_192, 16_384)
 HEAD_DIMS = (64, 128, 256)
 UNIFORM_QUERIES = 128  # of uniform attention, whose rows are all alike
 
-SUITES = ("forward", "forward-shapes", "host", "rmse", "fp8", "quantize", "fp8-accuracy")
-FP8_SUITES = SUITES[4:]
+BACKWARD_SUITES = ("backward", "backward-shapes", "backward-rmse")
+FP8_SUITES = ("fp8", "quantize", "fp8-accuracy")
+SUITES = ("forward", "forward-shapes", "host", "rmse", *BACKWARD_SUITES, *FP8_SUITES)
+# The forward pass has two matrix products, the backward pass five.
+BACKWARD_FACTOR = 2.5
 FP8 = "float8_e4m3fn"
 
 _SHORT_DTYPES = {
@@ -183,6 +186,24 @@ def _rmse(quick: bool) -> list[Shape]:
     return [replace(bf16, dtype="float16"), bf16]
 
 
+def _backward(quick: bool) -> list[Shape]:
+    return [shape for shape in _forward(quick) if shape.seqlen_q >= 1_024]
+
+
+def _backward_shapes(quick: bool) -> list[Shape]:
+    shapes = [s for s in _forward_shapes(False) if s.causal and s.dtype == "bfloat16"]
+    return [s for s in shapes if s.window == (-1, -1)] if quick else shapes
+
+
+def _backward_rmse(quick: bool) -> list[Shape]:
+    kinds = [(128, False)] if quick else [(64, False), (128, False), (128, True), (256, False)]
+    return [
+        Shape(dtype, head_dim, head_dim, 1, 4_096, 4_096, 4, 4, causal)
+        for dtype in ("float16", "bfloat16")
+        for head_dim, causal in kinds
+    ]
+
+
 def _fp8(quick: bool) -> list[Shape]:
     return [replace(shape, dtype=FP8) for shape in _forward(quick)]
 
@@ -223,6 +244,9 @@ def suite_shapes(suite: str, quick: bool = False) -> list[Shape]:
         "forward-shapes": _forward_shapes,
         "host": _host,
         "rmse": _rmse,
+        "backward": _backward,
+        "backward-shapes": _backward_shapes,
+        "backward-rmse": _backward_rmse,
         "fp8": _fp8,
         "quantize": _quantize,
         "fp8-accuracy": _fp8_accuracy,

@@ -8,12 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hopper_attention.bench import fp8_table
+from hopper_attention.bench import backward_table, fp8_table
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import Comparison, compare_records, summary
 from hopper_attention.bench.records import Record
 from hopper_attention.bench.rmse import STANDARD
-from hopper_attention.bench.shapes import FP8_SUITES, short_dtype
+from hopper_attention.bench.shapes import BACKWARD_SUITES, FP8_SUITES, short_dtype
 
 _MISSING = "-"
 _PLAIN_WIDTH = 100
@@ -34,16 +34,24 @@ def print_results(console: Console, records: Sequence[Record]) -> None:
         if suite == "rmse":
             console.print(_rmse_table(console, [r for r in records if r["suite"] == suite]))
             continue
+        if suite == "backward-rmse":
+            _print_gradients(console, records)
+            continue
         if suite in FP8_SUITES:
             _print_fp8(console, suite, records)
             continue
         comparisons = compare_records(records, suite)
-        if suite == "forward":
-            ratios = (("ours / best peer", lambda one: one.ratio),)
-            console.print(_grid_table(console, "forward, bf16, TFLOP/s", comparisons, ratios))
+        if suite in ("forward", "backward"):
+            of_forward = backward_table.BACKWARD_RATIOS[:1]
+            rows = of_forward if suite == "forward" else backward_table.BACKWARD_RATIOS
+            console.print(_grid_table(console, f"{suite}, bf16, TFLOP/s", comparisons, rows))
         else:
             console.print(_list_table(console, suite, comparisons))
-        console.print(summary_line(suite, comparisons), soft_wrap=True, markup=False)
+        lines = [summary_line(suite, comparisons)]
+        if suite in BACKWARD_SUITES:
+            lines += backward_table.deterministic_lines(suite, comparisons)
+        for line in lines:
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def summary_line(suite: str, comparisons: Sequence[Comparison]) -> str:
@@ -202,11 +210,14 @@ def _grid_table(
 def _list_table(console: Console, suite: str, comparisons: Sequence[Comparison]) -> Table:
     """A row for each shape, a column for each implementation."""
     unit = "µs of the host's time a call" if suite == "host" else "TFLOP/s"
+    if suite in BACKWARD_SUITES:
+        unit += "; det: deterministic"
     table = _new_table(console, f"{suite}, {unit}")
     table.add_column("shape", no_wrap=True)
     names = _implementations(comparisons)
     for name in names:
-        table.add_column("ours" if name == OURS else name, justify="right", no_wrap=True)
+        title = name.replace(OURS, "ours").replace("_deterministic", " det")
+        table.add_column(title, justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
     digits = 1 if suite == "host" else 0
     for one in comparisons:
@@ -241,6 +252,28 @@ def _rmse_table(console: Console, records: Sequence[Record]) -> Table:
         title = f"{distribution} {dims}" if several else distribution
         table.add_row(short_dtype(dtype), title, *numbers, ratio)
     return table
+
+
+def _print_gradients(console: Console, records: Sequence[Record]) -> None:
+    """Prints errors of gradients, a row for each, and the lines that sum them up."""
+    found = backward_table.read_errors(records)
+    present = {name for one in found for name in one.rmse}
+    names = [name for name in (OURS, *PEERS, STANDARD) if name in present]
+    table = _new_table(console, "backward-rmse against float64")
+    for title in ("dtype", "shape", "values", ""):
+        table.add_column(title, no_wrap=True)
+    for name in names:
+        table.add_column("ours" if name == OURS else name, justify="right", no_wrap=True)
+    table.add_column("ratio", justify="right", no_wrap=True)
+    for one in found:
+        numbers = [f"{one.rmse[name]:.3g}" if name in one.rmse else _MISSING for name in names]
+        ratio = one.ratio()
+        titles = [short_dtype(one.shape.dtype), f"d{one.shape.head_dim} {one.shape.mask}"]
+        titles += [one.distribution, one.part]
+        table.add_row(*titles, *numbers, _MISSING if ratio is None else f"{ratio:.3f}")
+    console.print(table)
+    for line in backward_table.error_lines(found):
+        console.print(line, soft_wrap=True, markup=False)
 
 
 def _dims(record: Record) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +12,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 _SUITES_HELP = (
-    "What to measure: forward, forward-shapes, host, rmse, fp8, quantize, fp8-accuracy, or all. "
+    "What to measure: forward, forward-shapes, host, rmse, backward, backward-shapes, "
+    "backward-rmse, fp8, quantize, fp8-accuracy, or all. "
     "forward: bf16, d 64, 128, 256, 16,384 tokens; forward-shapes: other head dims, GQA, windows, "
-    "fp16; host: the host's time a call; rmse: errors of whole outputs; fp8: forward's shapes in "
-    "e4m3; quantize: the quantizer alone and with attention; fp8-accuracy: errors by recipe and by "
+    "fp16; host: the host's time a call; rmse: errors of whole outputs; backward: the backward "
+    "pass alone, deterministic too, on forward's shapes from 1k on; backward-shapes: on other head "
+    "dims, GQA, windows; backward-rmse: errors of dQ, dK and dV; fp8: forward's shapes in e4m3; "
+    "quantize: the quantizer alone and with attention; fp8-accuracy: errors by recipe and by "
     "context."
 )
 
@@ -109,7 +112,8 @@ def _measure(
 ) -> int:
     import torch
 
-    from hopper_attention.bench import contestants, fp8, runner, session, shapes, table
+    from hopper_attention.bench import runner, session, shapes, table
+    from hopper_attention.bench.contestants import OURS
 
     try:
         plan = [(name, runner.select(shapes.suite_shapes(name, quick), only)) for name in names]
@@ -125,27 +129,20 @@ def _measure(
             soft_wrap=True,
         )
         return 1
-    found: list[contestants.Contestant] = []
-    found_fp8: list[contestants.Contestant] = []
-    missing: dict[str, str] = {}
-    if any(name not in shapes.FP8_SUITES for name, _ in plan):
-        found, missing = contestants.gather(peers, peers_dir)
-    if any(name in shapes.FP8_SUITES for name, _ in plan):
-        found_fp8, missing_fp8 = fp8.gather_fp8(peers, peers_dir)
-        missing = {**missing_fp8, **missing}
+    takes_part, missing = _gather([name for name, _ in plan], peers, peers_dir)
     for name, reason in missing.items():
         console.print(f"{name} takes no part: {escape(reason)}", soft_wrap=True)
-    if not found and not found_fp8:
+    if not any(takes_part.values()):
         console.print("nothing can be timed", soft_wrap=True)
         return 1
     stale = session.stale_sources()
     if stale is not None:
         console.print(f"warning: {escape(stale)}", soft_wrap=True)
     try:
-        work = session.start(found, plan, reps, json_file)
+        work = session.start(takes_part["forward"], plan, reps, json_file)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from error
-    work.fp8 = found_fp8
+    work.backward, work.fp8 = takes_part["backward"], takes_part["fp8"]
     lost = _run(console, work)
     document = work.document()
     table.print_results(console, work.outcome.records)
@@ -163,8 +160,29 @@ def _measure(
         _plot(console, document, picture)
     if lost is not None:
         console.print(f"stopped early: {escape(lost)}", soft_wrap=True)
-    failed = contestants.OURS in missing or work.outcome.ours_failed() or lost is not None
+    failed = OURS in missing or work.outcome.ours_failed() or lost is not None
     return 1 if failed else 0
+
+
+def _gather(
+    names: Sequence[str], peers: bool, peers_dir: Path | None
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Collects who takes part in the suites of these names, by kind, and why others do not."""
+    from hopper_attention.bench import backward, contestants, fp8, shapes
+
+    kinds: dict[str, tuple[Sequence[str], Callable[..., tuple[Sequence[Any], dict[str, str]]]]] = {
+        "fp8": (shapes.FP8_SUITES, fp8.gather_fp8),
+        "backward": (shapes.BACKWARD_SUITES, backward.gather_backward),
+        "forward": (("forward", "forward-shapes", "host", "rmse"), contestants.gather),
+    }
+    found: dict[str, list[Any]] = {kind: [] for kind in kinds}
+    missing: dict[str, str] = {}
+    for kind, (suites, gather) in kinds.items():
+        if not set(names).isdisjoint(suites):
+            takes_part, without = gather(peers, peers_dir)
+            found[kind] = list(takes_part)
+            missing.update(without)
+    return found, missing
 
 
 def _run(console: Console, work: Any) -> str | None:
