@@ -21,9 +21,10 @@ struct KeyTile {
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   const WorkTile work = params.order(blockIdx.x);
-  // Under a mask the order begins with the last block, the forward pass's longest. Here the first one
-  // is, but sums in a fixed order begin with the last.
-  const bool flip = params.order.longest_first && params.workspace.turns == nullptr;
+  // Longest first is the forward pass's order, whose longest block is the last one. Here the first one
+  // is, but under a mask adds in a fixed order begin with the last (own_turn).
+  const bool last_first = Traits::kMasked && params.workspace.turns != nullptr;
+  const bool flip = params.order.longest_first && !last_first;
   const int n_block = flip ? params.order.num_m_blocks - 1 - work.m_block : work.m_block;
   const int begin = n_block * Traits::kTileN;
   const int end = min(begin + Traits::kTileN, params.mask.seqlen_k);

@@ -11,14 +11,25 @@
 
 namespace hopper_attention {
 
+// Where a step's buffers are: one counter in place of a ring for each kind of buffer, since every
+// register counts here.
+template <int kStages>
+struct StepCount {
+  unsigned int count = 0;
+
+  CUTE_DEVICE int stage() const { return count % kStages; }
+  CUTE_DEVICE std::uint32_t phase() const { return count / kStages % 2; }
+  CUTE_DEVICE std::uint32_t p_phase() const { return count % 2; }
+};
+
 // All slices of one consumer's part of one step's dQ. Waits for its products.
 template <class Traits, class Operands, class Adder>
 CUTE_DEVICE void multiply_dq(Operands const& operands, EmptyBarrier& ds_empty, int ds_stage,
                              std::int64_t block, Adder& adder) {
   using namespace cute;
+  Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
   CUTE_UNROLL
   for (int slice = 0; slice < Traits::kDqSlices; ++slice) {
-    Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
     issue_dq<Traits>(operands, ds_stage, slice, rdQ);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdQ);
@@ -57,31 +68,27 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
 
   const int first_key = tile.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
   const BlockRange plain = plain_steps<Traits>(params.mask, tile);
-  Ring<Traits::kStages> ring;
-  Ring<Traits::kDsStages> ds_ring;
-  std::uint32_t p_phase = 0;
-  std::int64_t late_block = -1;  // of the step whose dQ is still to be multiplied; none yet
-  auto multiply = [&] {
-    barriers.ds_full[ds_ring.stage].wait(ds_ring.phase);
-    multiply_dq<Traits>(operands, barriers.ds_empty[ds_ring.stage], ds_ring.stage, late_block,
-                        adder);
-    ds_ring.advance();
+  static_assert(Traits::kStages == Traits::kDsStages, "one counter for both");
+  StepCount<Traits::kStages> at_step;
+  std::int64_t late_block = -1;  // of the last step, whose dQ is still to be multiplied; none yet
+  auto multiply = [&](StepCount<Traits::kStages> of) {
+    barriers.ds_full[of.stage()].wait(of.phase());
+    multiply_dq<Traits>(operands, barriers.ds_empty[of.stage()], of.stage(), late_block, adder);
   };
 
   QuerySteps at(params, tile);
-  if (!at.done()) barriers.k_full.wait(0);
   auto step = [&](auto kPlain) {
-    const int stage = ring.stage;
+    const int stage = at_step.stage();
     Tensor rS =
         partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
-    barriers.q_full[stage].wait(ring.phase);
+    barriers.q_full[stage].wait(at_step.phase());
     issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, stage), rS);
     warpgroup_wait<0>();
     warpgroup_fence_operand(rS);
     exponentiate<Traits>(params, shared.lse_log2[stage], rS);
     arrive_warp(barriers.q_empty[stage]);
     if constexpr (!kPlain) mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
-    barriers.p_empty.wait(p_phase ^ 1);
+    barriers.p_empty.wait(at_step.p_phase() ^ 1);
     float4* to = p_buffer<Traits>(shared, thread);
     CUTE_UNROLL
     for (int i = 0; i < decltype(size(rS))::value; i += 4) {
@@ -89,24 +96,24 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     }
     __syncwarp();
     arrive_warp(barriers.p_full);
-    p_phase ^= 1;
 
     Tensor rP =
         make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>{});
     convert_fragment<Element>(rS, rP);
-    barriers.dout_full[stage].wait(ring.phase);
+    barriers.dout_full[stage].wait(at_step.phase());
     issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
     // Behind dV's product on the tensor cores: its wait is for dV too.
-    if (late_block >= 0) multiply();
+    if (late_block >= 0) multiply({at_step.count - 1});
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdV);
     arrive_warp(barriers.dout_empty[stage]);
     late_block = at.block;
-    ring.advance();
+    ++at_step.count;
   };
+  if (!at.done()) barriers.k_full.wait(0);
   start_gradients(rdV);
   for_each_step<Traits>(at, plain, step);
-  if (late_block >= 0) multiply();
+  if (late_block >= 0) multiply({at_step.count - 1});
 }
 
 // dS = P * (dP - delta) in 16 bits, from the P of the first consumer.
@@ -142,9 +149,7 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
   auto writer = ds_writer<Traits>(shared, thread);
   auto adder = make_dq_adder<Traits>(params, shared, 1, thread);
 
-  Ring<Traits::kStages> ring;
-  Ring<Traits::kDsStages> ds_ring;
-  std::uint32_t p_phase = 0;
+  StepCount<Traits::kStages> at_step;
   QuerySteps at(params, tile);
   if (!at.done()) {
     barriers.v_full.wait(0);
@@ -152,13 +157,14 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
   }
   start_gradients(rdK);
   for (; !at.done(); at.advance()) {
-    const int stage = ring.stage, ds_stage = ds_ring.stage;
+    const int stage = at_step.stage();
+    const std::uint32_t phase = at_step.phase();
     Tensor rdP =
         partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
-    barriers.dout_full[stage].wait(ring.phase);
+    barriers.dout_full[stage].wait(phase);
     issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
-    barriers.q_full[stage].wait(ring.phase);  // LSE comes with Q
-    barriers.p_full.wait(p_phase);
+    barriers.q_full[stage].wait(phase);  // LSE comes with Q
+    barriers.p_full.wait(at_step.p_phase());
     warpgroup_wait<0>();
     warpgroup_fence_operand(rdP);
     Tensor rdS =
@@ -167,19 +173,17 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
     __syncwarp();
     arrive_warp(barriers.p_empty);
     arrive_warp(barriers.dout_empty[stage]);  // delta came with dO
-    p_phase ^= 1;
 
-    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
-    write_ds(writer, ds_stage, rdS, rdP.layout());
+    barriers.ds_empty[stage].wait(phase ^ 1);
+    write_ds(writer, stage, rdS, rdP.layout());
     __syncwarp();
-    arrive_warp(barriers.ds_full[ds_stage]);
+    arrive_warp(barriers.ds_full[stage]);
     issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    barriers.ds_full[ds_stage].wait(ds_ring.phase);
-    multiply_dq<Traits>(operands, barriers.ds_empty[ds_stage], ds_stage, at.block, adder);
+    barriers.ds_full[stage].wait(phase);
+    multiply_dq<Traits>(operands, barriers.ds_empty[stage], stage, at.block, adder);
     warpgroup_fence_operand(rdK);
     arrive_warp(barriers.q_empty[stage]);
-    ring.advance();
-    ds_ring.advance();
+    ++at_step.count;
   }
 }
 

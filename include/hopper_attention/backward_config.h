@@ -52,7 +52,7 @@ struct BackwardConfig {
   DqSplit dq_split;
   int dq_slices;  // parts that dQ by columns is computed in, one after the other
   DqPath dq_path;
-  bool ahead_scores;  // the next step's S is issued under this one's dK
+  bool ahead_scores;  // of consumers alike: the next step's S is issued under this one's dK
   const char* reason;
 };
 
@@ -69,19 +69,19 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   constexpr DqSplit kRows = DqSplit::kRows;
   constexpr DqPath kDirect = DqPath::kDirect;
   constexpr DqPath kBulk = DqPath::kBulk;
-  const bool full = key.mask == MaskKind::kFull;
+  const bool ahead = key.mask != MaskKind::kCapped;  // tanh leaves no registers for it
   // clang-format off
   // {key, tile_m, tile_n, stages, dS stages, consumers, roles, dQ's split, slices, path, S ahead,
   //  reason}
   switch (key.head_dim) {
     case 64:
-      return {key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect, full,
-              "S and dP 64 registers each, dK and dV 32 each; a mask's leave none for S ahead"};
+      return {key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead,
+              "S and dP 64 registers each, dK and dV 32 each"};
     case 96:
-      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, true,
+      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead,
               "S and dP 32 registers each, dK and dV 48 each"};
     case 128:
-      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, true,
+      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead,
               "64 rows: S and dP 32 registers each beside dK and dV of 64 each"};
     case 192:
       return {key, 64, 64, 2, 2, 2, kPaired, kColumns, 1, kDirect, false,

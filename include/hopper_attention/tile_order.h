@@ -44,15 +44,17 @@ struct TileOrder {
 inline constexpr std::int64_t kL2GroupBytes = 32 << 20;
 
 // Groups are as large as L2 allows and about equal: a small last group would leave blocks idle.
+// min_group: KV heads that a group has even where L2 does not hold them.
 constexpr TileOrder make_tile_order(int seqlen_q, int heads, int batch, int tile_m,
                                     bool longest_first, std::int64_t kv_bytes_per_head,
-                                    int heads_per_kv) {
+                                    int heads_per_kv, std::int64_t min_group = 1) {
   const int num_m_blocks = (seqlen_q + tile_m - 1) / tile_m;
   const std::int64_t pairs = static_cast<std::int64_t>(heads) * batch;
   const std::int64_t kv_pairs = pairs / heads_per_kv;
   const std::int64_t bytes = kv_bytes_per_head > 0 ? kv_bytes_per_head : 1;
-  const std::int64_t fitting = kL2GroupBytes > bytes ? kL2GroupBytes / bytes : 1;
-  const std::int64_t groups = (kv_pairs + fitting - 1) / fitting;
+  const std::int64_t fitting = kL2GroupBytes / bytes;
+  const std::int64_t wanted = fitting > min_group ? fitting : min_group;
+  const std::int64_t groups = (kv_pairs + wanted - 1) / wanted;
   const std::int64_t group = groups > 0 ? (kv_pairs + groups - 1) / groups * heads_per_kv : 1;
   return {num_m_blocks, heads, batch, static_cast<int>(group > 0 ? group : 1), longest_first};
 }
