@@ -43,7 +43,7 @@ void each_row_is_named_after_its_key_and_fits() {
 void there_is_one_row_for_each_head_dim_dtype_and_mask() {
   for (const HeadDims& dims : kForwardHeadDims) {
     for (Dtype dtype : kDtypes) {
-      for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked}) {
+      for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked, MaskKind::kCapped}) {
         const BackwardKey key{dtype, dims.qk, dims.v, mask};
         check::context = expected_name(key);
         int found = 0;
@@ -152,7 +152,7 @@ template <class Change>
 void refuses(const char* text, Change change) {
   // clang-format off
   BackwardConfig config{{Dtype::kBfloat16, 128, 128, MaskKind::kMasked}, 64, 128, 2, 2, 2,
-                        Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, "an example"};
+                        Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, false, "an example"};
   // clang-format on
   check::context = "unchanged";
   CHECK(config_error(config) == nullptr);

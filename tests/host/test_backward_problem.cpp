@@ -168,9 +168,35 @@ void scores_are_scaled_as_in_the_forward_pass() {
   args = valid_args();
   args.softcap = 20.0f;
   plan = plan_of(args);
-  CHECK(plan.key.mask == MaskKind::kMasked);
+  CHECK(plan.key.mask == MaskKind::kCapped);
   CHECK(std::fabs(plan.cap_log2 - 20.0f / std::log(2.0f)) < 1e-5f);
   CHECK(std::fabs(plan.inner_scale - 0.088f / 20.0f) < 1e-8f);
+}
+
+// A group of heads has two waves of blocks for an H100's 132 multiprocessors where there are as
+// many, and several heads where the order of the adds is fixed.
+void groups_of_heads_are_large_enough() {
+  Args args = valid_args();
+  args.causal = 1;
+  args.batch = 2;
+  args.heads_kv = 8;
+  args.heads = 32;
+  for (int seqlen : {500, 8192, 65536}) {
+    for (int deterministic : {0, 1}) {
+      args.seqlen_q = args.seqlen_k = seqlen;
+      args.deterministic = deterministic;
+      check::context = std::to_string(seqlen) + (deterministic ? ", deterministic" : "");
+      const BackwardPlan plan = plan_of(args);
+      const int blocks = plan.order.num_m_blocks;
+      CHECK(plan.order.group * blocks >= 256 || plan.order.group == 16);
+      CHECK(!deterministic || plan.order.group >= 4);
+      CHECK(plan.order.group <= 16);
+    }
+  }
+  args.causal = 0;
+  CHECK(plan_of(args).order.longest_first);  // several heads in turn
+  args.deterministic = 0;
+  CHECK(!plan_of(args).order.longest_first);
 }
 
 int count_up(int length, int tile) {
@@ -233,6 +259,7 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
       args.head_dim = row.key.head_dim;
       args.head_dim_v = row.key.head_dim_v;
       args.causal = row.key.mask == MaskKind::kMasked;
+      args.softcap = row.key.mask == MaskKind::kCapped ? 30.0f : 0.0f;
       const BackwardPlan plan = plan_of(args);
       check::context = row.name;
       CHECK(plan.key == row.key);
@@ -267,6 +294,7 @@ int main() {
   tensors_are_refused_by_name();
   what_is_never_touched_is_not_checked();
   scores_are_scaled_as_in_the_forward_pass();
+  groups_of_heads_are_large_enough();
   grids_count_the_blocks_of_queries_and_keys();
   too_many_tiles_are_refused();
   the_workspace_is_dq_and_two_numbers_a_row();
