@@ -84,6 +84,7 @@ Status forward(const hopper_attention_forward_args& args) {
   ForwardParams params;
   if (Status status = encode_descriptors(args, plan, &params); !status.ok()) return status;
   params.lse = args.lse;
+  params.sink = args.sink;
   params.counters = static_cast<unsigned int*>(args.workspace);
   params.mask = plan.mask;
   params.order = plan.order;

@@ -7,6 +7,11 @@
 
 namespace hopper_attention {
 
+// The logit that joins the softmax of each row of a head; -inf where there is none.
+CUTE_DEVICE float read_sink(ForwardParams const& params, int head) {
+  return params.sink == nullptr ? -INFINITY : __ldg(params.sink + head);
+}
+
 // Brings O into this consumer's buffer in shared memory, rounded once.
 template <class Traits, class Output>
 CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output const& rO,

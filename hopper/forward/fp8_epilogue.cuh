@@ -7,12 +7,12 @@
 
 namespace hopper_attention {
 
-// Divides O by the row sums, multiplies it by V's scales and returns each row's log-sum-exp; a row
-// without keys gets 0 and -inf.
+// Divides O by the row sums, the head's sink included, multiplies it by V's scales and returns each
+// row's log-sum-exp.
 template <class Traits, class Output>
 CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::SharedStorage& shared,
                             Fp8Softmax<Traits>& softmax, Output& rO, TileMessage const& message,
-                            int consumer, int thread, float (&lse)[kRowsPerThread]) {
+                            float sink, int consumer, int thread, float (&lse)[kRowsPerThread]) {
   const ScaleParams& scales = params.scales;
   constexpr int kSize = Traits::kHeadDimV / 2;
   float factor[kRowsPerThread];
@@ -30,8 +30,7 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::Shared
         total = quad_reduce(shared.row_sums[consumer][row_sum_index(r)], add);
       }
     }
-    factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
-    lse[r] = softmax.log_sum_exp(total, r);
+    factor[r] = finish_row(total, softmax.shift[r], sink, lse[r]);  // both hold kOffsetLog2
   }
   const float* channels = scales.v == nullptr
                               ? nullptr

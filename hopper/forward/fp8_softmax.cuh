@@ -80,12 +80,6 @@ struct Fp8Softmax {
     if constexpr (!Traits::kOnes) sum[row] = fmaf(sum[row], alpha[row], block_sum);
   }
 
-  // The log-sum-exp of a row whose P sums to total, kOffsetLog2 included.
-  CUTE_DEVICE float log_sum_exp(float total, int row) const {
-    if (total == 0.0f) return -INFINITY;
-    return (shift[row] + log2f(total)) * 0.693147180559945309f;
-  }
-
  private:
   static constexpr float kOffset = static_cast<float>(kOffsetLog2);
 

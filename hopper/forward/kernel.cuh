@@ -79,7 +79,8 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
     const TileMessage done = sink.tile(shared.barriers);
-    finish_fp8<Traits>(params, shared, softmax, rO, done, consumer, thread, lse);
+    const float sink_logit = read_sink(params, done.tile.head);
+    finish_fp8<Traits>(params, shared, softmax, rO, done, sink_logit, consumer, thread, lse);
     store_fp8_output<Traits>(params, shared, rO, done.tile, first_row, consumer, thread);
     store_lse(params, lse, done.tile, first_row, thread);
   } else {
@@ -92,8 +93,8 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
       asm volatile("" : "+r"(thread));  // else addresses made of it would last through the products
       clear_unused_rows(softmax, rO, sink.sequence(shared.barriers).seqlen_q, first_row, thread);
     }
-    softmax.finish(rO, lse);
     const WorkTile tile = sink.tile(shared.barriers).tile;
+    softmax.finish(rO, read_sink(params, tile.head), lse);
     stage_output<Traits>(shared, rO, consumer, thread);
     if constexpr (Traits::kPacked) {
       store_packed(params, shared, sink, lse, tile.head, first_row, consumer, thread);

@@ -49,6 +49,8 @@ struct ForwardParams {
   bool v_transposed;
   bool out_float16;  // else bfloat16
 
+  const float* sink;  // (heads) logits, may be null; of every dtype
+
   PackedParams packed;
 };
 

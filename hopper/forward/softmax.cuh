@@ -24,6 +24,22 @@ CUTE_DEVICE float quad_reduce(float value, Op op) {
   return op(value, __shfl_xor_sync(0xffffffff, value, 1));
 }
 
+// Ends a row whose P, exp2(exponent - shift), sum to total: adds the head's sink to the sum, a
+// logit without a value (-inf: none), and returns what O is to be multiplied by. A sink above the
+// maximum takes its place as the reference, so that no power overflows. A row without keys gets 0,
+// and the sink as its log-sum-exp. Without branches: they would make ptxas arrange the loops anew.
+CUTE_DEVICE float finish_row(float total, float shift, float sink, float& lse) {
+  const bool empty = total == 0.0f;
+  const float sink_log2 = sink * 1.442695040888963407f;
+  const float ahead = shift - sink_log2;
+  const bool below = ahead < 0.0f;  // false for NaN, which the sum then shows
+  const float weight = exp2f(below ? ahead : 0.0f);
+  total = fmaf(total, weight, exp2f(below ? 0.0f : -ahead));
+  const float reference = below ? sink_log2 : shift;
+  lse = empty ? sink : (reference + log2f(total)) * 0.693147180559945309f;
+  return empty ? 0.0f : weight * (1.0f / total);
+}
+
 struct Softmax {
   float scale_log2;
   float reference[kRowsPerThread] = {-INFINITY, -INFINITY};  // the running maximum, in scores
@@ -86,16 +102,13 @@ struct Softmax {
     for (int i = 0; i < decltype(cute::size(o))::value; ++i) o(i) *= alpha[fragment_row(i)];
   }
 
-  // Divides O by the row sums and returns each row's log-sum-exp; a row without keys gets 0, -inf.
+  // Divides O by the row sums, the head's sink included, and returns each row's log-sum-exp.
   template <class Output>
-  CUTE_DEVICE void finish(Output& o, float (&lse)[kRowsPerThread]) {
+  CUTE_DEVICE void finish(Output& o, float sink, float (&lse)[kRowsPerThread]) {
     CUTE_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float total = quad_reduce(sum[row], [](float a, float b) { return a + b; });
-      alpha[row] = total == 0.0f ? 0.0f : 1.0f / total;
-      lse[row] = total == 0.0f
-                     ? -INFINITY
-                     : (reference[row] * scale_log2 + log2f(total)) * 0.693147180559945309f;
+      alpha[row] = finish_row(total, reference[row] * scale_log2, sink, lse[row]);
     }
     rescale(o);
   }

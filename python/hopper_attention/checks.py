@@ -146,6 +146,26 @@ def lengths(batch: int, seqlen_q: int, seqlen_k: int, heads: int) -> None:
             raise ValueError(f"{name} must be at most {MAX_LENGTH}, got {length}")
 
 
+def sink(learnable_sink: torch.Tensor, heads: int, device: torch.device) -> None:
+    """Checks an attention sink: (heads,) float32 on q's device.
+
+    Raises:
+        ValueError: its shape or device does not fit.
+        TypeError: its dtype does not fit.
+    """
+    if learnable_sink.shape != (heads,):
+        raise ValueError(
+            f"learnable_sink must have shape (heads,), a logit a head of q: ({heads},), got "
+            f"{tuple(learnable_sink.shape)}"
+        )
+    if learnable_sink.dtype != torch.float32:
+        raise TypeError(f"learnable_sink must be torch.float32, got {learnable_sink.dtype}")
+    if learnable_sink.device != device:
+        raise ValueError(
+            f"learnable_sink must be on q's device, {device}, got {learnable_sink.device}"
+        )
+
+
 def request(
     q: torch.Tensor,
     k: torch.Tensor,

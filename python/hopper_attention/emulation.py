@@ -14,6 +14,9 @@ row a reference m, the sum l and the unnormalised output O, all in float32 (the 
 
 Where softcap is positive or softmax_scale is not, S is first replaced by
 softcap tanh(S softmax_scale / softcap), or by S softmax_scale, and c is log2(e).
+
+A head's sink joins its rows at the end: with s = log2(e) learnable_sink and m'' = max(c m, s),
+O and l are multiplied by exp2(c m - m''), and l gains exp2(s - m'').
 """
 
 from __future__ import annotations
@@ -154,6 +157,7 @@ def attention(
     window_size: tuple[int | None, int | None] | None = (-1, -1),
     softcap: float = 0.0,
     tile: tuple[int, int] | None = None,
+    learnable_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with the kernel's roundings, on the CPU.
 
@@ -168,10 +172,11 @@ def attention(
         softcap: where positive, scores become softcap * tanh(scores / softcap).
         tile: (tile_m, tile_n), query rows and keys of a block; None is the kernel's own,
             `kernel_tile`.
+        learnable_sink: (heads,) float32, as in `flash_attn_func`.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in q's dtype and lse (batch, heads, seqlen_q) in
-        float32. A row that sees no key has out 0 and lse -inf.
+        float32. A row that sees no key has out 0 and its sink, or -inf, as lse.
 
     Raises:
         ValueError: a shape, device or number is not allowed.
@@ -196,6 +201,12 @@ def attention(
     elif len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile must be (tile_m, tile_n), both 1 or more, got {tile}")
 
+    if learnable_sink is None:
+        sinks = torch.full((heads,), -torch.inf)
+    else:
+        checks.sink(learnable_sink, heads, q.device)
+        sinks = learnable_sink.detach()
+
     q_dtype = q.dtype
     group = heads // heads_kv if heads_kv else 0
     # (batch * heads_kv, group, seq, dim), so that one K and V serve the group
@@ -206,10 +217,13 @@ def attention(
     out = torch.empty(*q.shape[:3], head_dim_v, dtype=arithmetic.output)
     lse = torch.empty(q.shape[:3], dtype=torch.float32)
     transform = ScoreTransform.make(scale, softcap)
+    sinks = sinks.reshape(heads_kv, group, 1, 1).repeat(batch, 1, 1, 1)
     at_once = max(1, _MAX_SCORES // max(1, group * seqlen_q * tile[1]))
     for begin in range(0, q.shape[0], at_once):
         part = slice(begin, begin + at_once)
-        out[part], lse[part] = _attend(q[part], k[part], v[part], mask, transform, arithmetic, tile)
+        out[part], lse[part] = _attend(
+            q[part], k[part], v[part], mask, transform, arithmetic, tile, sinks[part]
+        )
     out = out.reshape(batch, heads, seqlen_q, head_dim_v).transpose(1, 2).contiguous()
     return out, lse.reshape(batch, heads, seqlen_q)
 
@@ -266,6 +280,7 @@ def _attend(
     transform: ScoreTransform,
     arithmetic: Arithmetic,
     tile: tuple[int, int],
+    sink: torch.Tensor | float = -math.inf,  # (n, group, 1, 1)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     multiplier = transform.multiplier
     reference = torch.full((*q.shape[:3], 1), -torch.inf)
@@ -288,11 +303,31 @@ def _attend(
         product = probabilities.to(arithmetic.probabilities).float() @ v[theirs]
         total[mine] = total[mine] * alpha + product
         reference[mine] = new
+    weight, lse = finish_rows(row_sum, reference * multiplier, sink)
+    return (total * weight).to(arithmetic.output), lse.squeeze(3)
+
+
+def finish_rows(
+    row_sum: torch.Tensor, shift: torch.Tensor, sink: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ends rows whose P, exp2(exponent - shift), sum to row_sum, in float32.
+
+    Args:
+        row_sum: of each row.
+        shift: likewise; -inf where the row has seen no key.
+        sink: each row's sink, -inf for none, in any shape that fits.
+
+    Returns:
+        What O is to be multiplied by, and the log-sum-exp.
+    """
     empty = row_sum == 0
-    out = total * row_sum.reciprocal().masked_fill_(empty, 0.0)
-    lse = (reference * multiplier + row_sum.log2()).mul_(math.log(2))
-    lse = lse.masked_fill_(empty, -torch.inf)
-    return out.to(arithmetic.output), lse.squeeze(3)
+    sink_log2 = sink * _LOG2_E
+    ahead = shift - sink_log2
+    below = ahead < 0
+    weight = torch.exp2(ahead.masked_fill(~below, 0.0))
+    row_sum = row_sum * weight + torch.exp2(-ahead.masked_fill(below, 0.0))
+    lse = (torch.where(below, sink_log2, shift) + row_sum.log2()) * math.log(2)
+    return (weight / row_sum).masked_fill(empty, 0.0), torch.where(empty, sink, lse)
 
 
 def tile_steps(mask: Mask, tile: tuple[int, int]) -> Iterator[tuple[range, range]]:

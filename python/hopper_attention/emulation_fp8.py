@@ -12,7 +12,7 @@ the sum l and the unnormalised output O in float32. Q, K and V are e4m3 with sca
     l = alpha l + rowsum(P)                            in float32, P before it is rounded
     O = alpha O + P' v            accumulation "fp32": the tile's product from zero, then float32
     O = (alpha O) + P' v          accumulation "fast": the tensor core adds to O
-    out = round(v_descale O / l), lse = ln(l) + (m - offset) ln(2)
+    out = round(v_descale O / l), lse = ln(l) + (m - offset) ln(2)      with a sink as in 16 bits
 
 Kernels with a row of ones beside V's channels (`sums_by_ones` of tiles.json: accumulation "fp32"
 up to head_dim 128) differ in two things. Unless V's tokens have factors, l is one more column of O:
@@ -35,14 +35,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import checks
-from .emulation import Mask, kernel_row, tile_steps
+from .emulation import Mask, finish_rows, kernel_row, tile_steps
 from .recipe import E4M3_MAX, QK_BLOCK_TOKENS, Fp8Recipe
 from .reference_quantizer import QuantizedParts, quantize
 from .tensor_core import FRACTION_BITS, multiply_accumulate
 from .v_layout import untranspose_v
 
 _LOG2_E = math.log2(math.e)
-_LN_2 = math.log(2.0)
 _OUTPUTS = (torch.float16, torch.bfloat16)
 _WARP_ROWS = 16
 _CONSUMER_ROWS = 64  # a warpgroup's, which decide together whether a tile needs a mask
@@ -57,6 +56,7 @@ def attention(
     out_dtype: torch.dtype = torch.bfloat16,
     tile: tuple[int, int] | None = None,
     fraction_bits: int | None = FRACTION_BITS,
+    learnable_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of e4m3 tensors with the kernel's roundings, on the CPU.
 
@@ -71,10 +71,11 @@ def attention(
         tile: (tile_m, tile_n), query rows and keys of a block; None is the kernel's own.
         fraction_bits: what the tensor core keeps, see `tensor_core.multiply_accumulate`; None sums
             in float32, which is faster and shows what the tensor core's sum costs.
+        learnable_sink: (heads,) float32, as in `flash_attn_func`; not with smooth_k.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) in out_dtype and lse (batch, heads, seqlen_q) in
-        float32. A row that sees no key has out 0 and lse -inf.
+        float32. A row that sees no key has out 0 and its sink, or -inf, as lse.
 
     Raises:
         ValueError: a shape, device or number is not allowed.
@@ -100,6 +101,7 @@ def attention(
         raise ValueError(
             f"softcap is {softcap}: with smooth_k it must be 0, since a softcap sees K's mean"
         )
+    sinks = _sinks(learnable_sink, heads, recipe)
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
     transformed = softcap > 0 or scale <= 0 or "token" in (recipe.qk_scale, recipe.v_scale)
     kernel = _Kernel.find(
@@ -131,10 +133,8 @@ def attention(
             softcap=softcap,
         )
         total, row_sum, reference = _attend(head, mask, kernel, fraction_bits)
-        empty = row_sum == 0
-        inverse = row_sum.reciprocal().masked_fill_(empty, 0.0)
-        of_head = (total * inverse * x.v_descale[b, kv]).to(out_dtype)
-        return of_head, _lse(row_sum, reference - kernel.offset, empty)
+        weight, of_rows = finish_rows(row_sum, reference - kernel.offset, sinks[h])
+        return (total * weight * x.v_descale[b, kv]).to(out_dtype), of_rows[:, 0]
 
     for place, result in enumerate(_for_each_head(compute, batch, heads)):
         b, h = divmod(place, heads)
@@ -330,9 +330,17 @@ def _product(
     return multiply_accumulate(a[None], b.contiguous()[None], start, fraction_bits)[0]
 
 
-def _lse(row_sum: torch.Tensor, reference: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-    lse = row_sum.log() + reference * _LN_2
-    return lse.masked_fill(empty, -torch.inf)[:, 0]
+def _sinks(learnable_sink: torch.Tensor | None, heads: int, recipe: Fp8Recipe) -> torch.Tensor:
+    """A sink a head, -inf for none."""
+    if learnable_sink is None:
+        return torch.full((heads,), -torch.inf)
+    checks.sink(learnable_sink, heads, torch.device("cpu"))
+    if recipe.smooth_k:
+        raise ValueError(
+            "learnable_sink must be None with smooth_k: subtracting K's mean shifts a row's "
+            "scores, but not its sink"
+        )
+    return learnable_sink.detach()
 
 
 def _mean_scores(q: torch.Tensor, k_mean: torch.Tensor, scale: float) -> torch.Tensor:

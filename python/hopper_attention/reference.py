@@ -5,13 +5,15 @@ With query row i at key position p = i + seqlen_k - seqlen_q:
     S_ij = softmax_scale * q_i . k_j
     S_ij = softcap * tanh(S_ij / softcap)                    where softcap > 0
     S_ij = -inf                     where j < p - window_left or j > p + window_right
-    LSE_i = log sum_j exp(S_ij)
+    LSE_i = log(exp(learnable_sink) + sum_j exp(S_ij))       the head's sink, where it has one
     O_i = sum_j exp(S_ij - LSE_i) v_j                        0 where no key is seen
 
 Attention and its log-sum-exp are as in Dao et al., "FlashAttention" (arXiv:2205.14135) and
 "FlashAttention-2" (arXiv:2307.08691), whose causal mask is aligned at the bottom right where the
 lengths differ; the FP16 and FP8 kernels that it judges, in Shah et al., "FlashAttention-3"
-(arXiv:2407.08608).
+(arXiv:2407.08608). The sink, a logit without a value, is that of Agarwal et al., "gpt-oss-120b &
+gpt-oss-20b Model Card" (arXiv:2508.10925), after Xiao et al., "Efficient Streaming Language Models
+with Attention Sinks" (arXiv:2309.17453).
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ def attention(
     causal: bool = False,
     window_size: tuple[int | None, int | None] | None = (-1, -1),
     softcap: float = 0.0,
+    learnable_sink: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in float64 on the tensors' device; autograd passes through it.
 
@@ -43,10 +46,12 @@ def attention(
         window_size: (left, right), the keys seen before and after a row's position; -1 or None is
             unbounded.
         softcap: where positive, scores become softcap * tanh(scores / softcap).
+        learnable_sink: (heads,) float32, a logit that joins the softmax of each row of its head
+            without a value; -inf, or None, is none.
 
     Returns:
         out (batch, seqlen_q, heads, head_dim_v) and lse (batch, heads, seqlen_q), both float64. A
-        row that sees no key has out 0 and lse -inf.
+        row that sees no key has out 0 and its sink, or -inf, as lse.
 
     Raises:
         ValueError: a shape, device or number is not allowed.
@@ -60,6 +65,8 @@ def attention(
     if causal:
         right = 0
 
+    if learnable_sink is not None:
+        checks.sink(learnable_sink, heads, q.device)
     q, k, v = (x.to(torch.float64).transpose(1, 2) for x in (q, k, v))  # (batch, heads, seq, dim)
     if heads_kv:
         k = k.repeat_interleave(heads // heads_kv, dim=1)
@@ -74,7 +81,11 @@ def attention(
         rows = torch.arange(begin, begin + scores.shape[2], device=q.device)
         hidden = ~visible(rows + seqlen_k - seqlen_q, seqlen_k, left, right)
         scores = scores.masked_fill(hidden, -torch.inf)
-        lse = torch.logsumexp(scores, dim=3, keepdim=True)
+        logits = scores
+        if learnable_sink is not None:
+            sink = learnable_sink.to(torch.float64)[:, None, None].expand(*scores.shape[:3], 1)
+            logits = torch.cat([scores, sink], dim=3)
+        lse = torch.logsumexp(logits, dim=3, keepdim=True)
         weights = torch.exp(scores - lse.masked_fill(lse == -torch.inf, 0.0))
         chunks.append((weights @ v, lse.squeeze(3)))
     out = torch.cat([out for out, _ in chunks], dim=2)

@@ -335,3 +335,39 @@ def test_refuses_other_dtypes_and_devices():
     meta = tuple(x.to("meta") for x in random_qkv(torch.float16))
     with pytest.raises(ValueError, match="must be on the CPU to be emulated, got meta"):
         emulation.attention(*meta, tile=(64, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_learnable_sink(dtype, causal):
+    """Sinks far below, about and far above the scores, of a GQA head each; rows without keys."""
+    q, k, v = random_qkv(dtype, batch=2, seqlen_q=150, seqlen_k=100, heads=4, heads_kv=2)
+    sink = torch.tensor([-20.0, 3.0, 300.0, 0.5])
+    arguments = {"causal": causal, "learnable_sink": sink}
+    out, lse = emulation.attention(q, k, v, tile=(64, 32), **arguments)
+    expected, expected_lse = reference.attention(q, k, v, **arguments)
+    assert torch.all((out - expected).abs() <= rounding_bound(q, k, v, UNIT[dtype], **arguments))
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-6, atol=1e-5)
+    if causal:
+        assert out[:, :50].eq(0).all()
+        assert lse[:, :, :50].eq(sink[:, None]).all()
+    assert out[:, :, 2].eq(0).all()
+    assert out[:, 50:, 3].ne(0).any()
+
+
+def test_sink_of_minus_infinity_is_none():
+    q, k, v = random_qkv(torch.bfloat16, seqlen_q=70, seqlen_k=50)
+    sink = torch.full((2,), -math.inf)
+    plain = emulation.attention(q, k, v, causal=True, tile=(64, 32))
+    given = emulation.attention(q, k, v, causal=True, tile=(64, 32), learnable_sink=sink)
+    for x, y in zip(plain, given, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_nan_in_a_sink_stays_in_its_head():
+    q, k, v = random_qkv(torch.bfloat16, seqlen_q=70, seqlen_k=50)
+    sink = torch.tensor([math.nan, 1.0])
+    for x in emulation.attention(q, k, v, tile=(64, 32), learnable_sink=sink):
+        head_first = x if x.dim() == 3 else x.transpose(1, 2)
+        assert head_first[:, 0].isnan().all()
+        assert head_first[:, 1].isfinite().all()

@@ -79,6 +79,28 @@ def test_it_is_attention_of_the_dequantized_tensors(options, accumulation):
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=2e-2)
 
 
+@pytest.mark.parametrize("accumulation", ["fp32", "fast"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_learnable_sink(accumulation, causal):
+    parts = quantize(*draw(seqlen_q=310), Fp8Recipe(accumulation=accumulation, smooth_k=False))
+    sink = torch.tensor([-30.0, 4.0, 200.0, -math.inf])
+    exact, exact_lse = reference.attention(*dequantized(parts), causal=causal, learnable_sink=sink)
+    out, lse = attention(parts, causal=causal, learnable_sink=sink)
+    assert (out.double() - exact).abs().max() < 0.05 * exact.abs().max()
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=2e-2)
+    plain, _ = attention(parts, causal=causal)
+    assert torch.equal(out[:, :, 3], plain[:, :, 3])
+    assert out[:, :, 2].eq(0).all()
+    if causal:
+        assert lse[:, :, :10].eq(sink[:, None]).all()
+
+
+def test_a_sink_is_refused_where_scores_lack_the_mean_of_k():
+    parts = quantize(*draw(), Fp8Recipe(smooth_k=True))
+    with pytest.raises(ValueError, match="learnable_sink must be None with smooth_k"):
+        attention(parts, learnable_sink=torch.zeros(4))
+
+
 @pytest.mark.parametrize(
     "qk_scale, v_scale, smooth_k, transpose_v",
     [

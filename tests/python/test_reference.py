@@ -21,7 +21,7 @@ def random_qkv(batch=1, seqlen_q=5, seqlen_k=7, heads=2, heads_kv=1, head_dim=8,
     return tuple(torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes)
 
 
-def by_loops(q, k, v, scale, causal, window, softcap):
+def by_loops(q, k, v, scale, causal, window, softcap, sink):
     """Attention one query and one key at a time."""
     batch, seqlen_q, heads, _ = q.shape
     seqlen_k, heads_kv = k.shape[1:3]
@@ -45,8 +45,8 @@ def by_loops(q, k, v, scale, causal, window, softcap):
                     if softcap:
                         score = softcap * math.tanh(score / softcap)
                     weights[j] = math.exp(score)
-                if weights:
-                    total = math.fsum(weights.values())
+                total = math.fsum(weights.values()) + math.exp(sink[h])
+                if total:
                     lse[b, h, i] = math.log(total)
                     for j, weight in weights.items():
                         out[b, i, h] += weight / total * v[b, j, head]
@@ -65,13 +65,17 @@ def by_loops(q, k, v, scale, causal, window, softcap):
     causal=st.booleans(),
     window=st.tuples(st.integers(-1, 4), st.integers(-1, 4)),
     softcap=st.sampled_from([0.0, 0.5, 3.0]),
+    sinks=st.one_of(st.none(), st.lists(st.sampled_from([-math.inf, -4.0, 0.5, 9.0]), min_size=6)),
 )
 def test_equals_loops(
-    batch, seqlen_q, seqlen_k, heads_kv, group, head_dim_v, scale, causal, window, softcap
+    batch, seqlen_q, seqlen_k, heads_kv, group, head_dim_v, scale, causal, window, softcap, sinks
 ):
-    q, k, v = random_qkv(batch, seqlen_q, seqlen_k, heads_kv * group, heads_kv, 3, head_dim_v)
-    out, lse = reference.attention(q, k, v, scale, causal, window, softcap)
-    expected_out, expected_lse = by_loops(q, k, v, scale, causal, window, softcap)
+    heads = heads_kv * group
+    q, k, v = random_qkv(batch, seqlen_q, seqlen_k, heads, heads_kv, 3, head_dim_v)
+    sink = None if sinks is None else torch.tensor(sinks[:heads])
+    out, lse = reference.attention(q, k, v, scale, causal, window, softcap, sink)
+    without = [-math.inf] * heads
+    expected_out, expected_lse = by_loops(q, k, v, scale, causal, window, softcap, sinks or without)
     torch.testing.assert_close(out, expected_out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-12, atol=1e-12)
 
@@ -142,6 +146,32 @@ def test_autograd_passes_through():
     assert torch.autograd.gradcheck(
         lambda q, k, v: reference.attention(q, k, v, causal=True, softcap=2.0)[0], (q, k, v)
     )
+
+
+def test_gradient_of_the_sink():
+    """dSink = -sum over rows of exp(sink - LSE) (rowsum(dO O) - dLSE), and autograd's own."""
+    q, k, v = random_qkv(batch=2, seqlen_q=5, seqlen_k=4, head_dim=4)
+    sink = torch.tensor([-0.5, 1.5], requires_grad=True)
+    out, lse = reference.attention(q, k, v, causal=True, learnable_sink=sink)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    (gradient,) = torch.autograd.grad((out, lse), sink, (dout, dlse))
+    delta = (dout * out).sum(3).transpose(1, 2) - dlse
+    expected = -(torch.exp(sink[:, None] - lse) * delta).sum((0, 2))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sink, error, words",
+    [
+        (torch.zeros(3), ValueError, r"learnable_sink must have shape .*\(2,\), got \(3,\)"),
+        (torch.zeros(2, 1), ValueError, r"learnable_sink must have shape .*\(2,\), got \(2, 1\)"),
+        (torch.zeros(2).half(), TypeError, r"learnable_sink must be torch\.float32, got .*16"),
+        (torch.zeros(2, device="meta"), ValueError, "on q's device, cpu, got meta"),
+    ],
+)
+def test_refuses_other_sinks(sink, error, words):
+    with pytest.raises(error, match=words):
+        reference.attention(*random_qkv(), learnable_sink=sink)
 
 
 def test_computes_in_float64_from_any_dtype():
