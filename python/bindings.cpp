@@ -49,10 +49,10 @@ hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int s
 
 struct ForwardCall {
   using Args = hopper_attention_forward_args;
-  static constexpr Py_ssize_t kNumAddresses = 7;
+  static constexpr Py_ssize_t kNumAddresses = 8;
   static constexpr const char* kName = "prepared_forward";
   static constexpr const char* kDoc =
-      "Enqueue the forward kernel: q, k, v, out, lse, workspace, stream.";
+      "Enqueue the forward kernel: q, k, v, out, lse, workspace, stream, sink (0: none).";
 
   static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
     args->q = reinterpret_cast<const void*>(addresses[0]);
@@ -62,15 +62,16 @@ struct ForwardCall {
     args->lse = reinterpret_cast<float*>(addresses[4]);
     args->workspace = reinterpret_cast<void*>(addresses[5]);
     args->stream = reinterpret_cast<void*>(addresses[6]);
+    args->sink = reinterpret_cast<const float*>(addresses[7]);
   }
   static hopper_attention_status run(const Args* args) { return hopper_attention_forward(args); }
 };
 
 template <class... Shape>
 void forward(Pointer q, Pointer k, Pointer v, Pointer out, Pointer lse, Pointer workspace,
-             Pointer stream, Shape... shape) {
+             Pointer stream, Pointer sink, Shape... shape) {
   hopper_attention_forward_args args = describe(shape...);
-  ForwardCall::set_addresses({q, k, v, out, lse, workspace, stream}, &args);
+  ForwardCall::set_addresses({q, k, v, out, lse, workspace, stream, sink}, &args);
   raise_on_failure(hopper_attention_forward(&args));
 }
 
@@ -91,7 +92,7 @@ std::string explain_forward(Shape... shape) {
 template <class... Shape>
 void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
   module.def("forward", &forward<Shape...>, "Enqueue the forward kernel; see abi.h.");
-  module.def("prepare", &prepare<Shape...>, "forward's arguments after the stream; what is left.");
+  module.def("prepare", &prepare<Shape...>, "forward's arguments after the sink; what is left.");
   module.def("explain_forward", &explain_forward<Shape...>, "JSON: how a call would run.");
 }
 

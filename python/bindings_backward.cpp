@@ -58,12 +58,11 @@ hopper_attention_backward_args describe(int dtype, int batch, int seqlen_q, int 
 
 struct BackwardCall {
   using Args = hopper_attention_backward_args;
-  static constexpr Py_ssize_t kNumAddresses = 12;
+  static constexpr Py_ssize_t kNumAddresses = 14;
   static constexpr const char* kName = "prepared_backward";
   static constexpr const char* kDoc =
       "Enqueue the backward kernels: q, k, v, out, dout, lse, dlse (0: none), dq, dk, dv, "
-      "workspace, "
-      "stream.";
+      "workspace, stream, sink, dsink (0: none).";
 
   static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
     args->q = reinterpret_cast<const void*>(addresses[0]);
@@ -78,6 +77,8 @@ struct BackwardCall {
     args->dv = reinterpret_cast<void*>(addresses[9]);
     args->workspace = reinterpret_cast<void*>(addresses[10]);
     args->stream = reinterpret_cast<void*>(addresses[11]);
+    args->sink = reinterpret_cast<const float*>(addresses[12]);
+    args->dsink = reinterpret_cast<float*>(addresses[13]);
   }
   static hopper_attention_status run(const Args* args) { return hopper_attention_backward(args); }
 };

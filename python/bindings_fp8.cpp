@@ -11,8 +11,8 @@
 namespace {
 
 using Pointer = std::uintptr_t;
-// q, k, v, out, lse, q_descale, k_descale, v_descale, v_token_factor; 0 is null
-using Pointers = std::array<Pointer, 9>;
+// q, k, v, out, lse, q_descale, k_descale, v_descale, v_token_factor, sink; 0 is null
+using Pointers = std::array<Pointer, 10>;
 // (batch, seq, head) of q, k, v, out; then (batch, head) of q_descale, k_descale, (batch, head,
 // channel) of v_descale, (batch, head) of v_token_factor
 using Longs = std::array<std::int64_t, 21>;
@@ -54,6 +54,7 @@ hopper_attention_forward_args describe(const Pointers& pointers, const Longs& lo
   args.lse = reinterpret_cast<float*>(pointers[4]);
   args.q_descale = floats(5), args.k_descale = floats(6), args.v_descale = floats(7);
   args.v_token_factor = floats(8);
+  args.sink = floats(9);
   set_longs(args, longs);
   set_ints(args, ints);
   args.softmax_scale = softmax_scale;

@@ -1,5 +1,5 @@
 // The C interface of the backward pass: check -> plan -> find the compiled instance -> descriptors
-// -> three launches.
+// -> three launches, and one for the sinks' gradient.
 #include <string>
 
 #include "backward/params.h"
@@ -172,6 +172,16 @@ Status run_convert(const hopper_attention_backward_args& a, const BackwardPlan& 
   return error == cudaSuccess ? Status{} : cuda_failure("convert", error);
 }
 
+Status run_sink(const hopper_attention_backward_args& a, const BackwardPlan& plan,
+                const BackwardWorkspace& workspace) {
+  if (a.dsink == nullptr) return {};
+  const int padded_rows = plan.num_m_blocks * plan.config.tile_m;
+  const SinkParams params{a.sink,     workspace.lse_log2, workspace.delta, a.dsink,
+                          a.seqlen_q, padded_rows,        a.heads,         a.batch};
+  const cudaError_t error = launch_sink(params, static_cast<cudaStream_t>(a.stream));
+  return error == cudaSuccess ? Status{} : cuda_failure("sink", error);
+}
+
 Status zero_key_gradients(const hopper_attention_backward_args& a) {
   const StridedTensor dk = strided(a.dk, a.dk_stride_batch, a.dk_stride_seq, a.dk_stride_head);
   const StridedTensor dv = strided(a.dv, a.dv_stride_batch, a.dv_stride_seq, a.dv_stride_head);
@@ -193,10 +203,14 @@ Status backward(const hopper_attention_backward_args& args) {
   const BackwardRow* row = find_row(kCompiledBackwardRows, plan.key);
   if (row == nullptr) return missing_instance(plan.key);
 
-  // Without queries dK and dV are 0, without keys dQ is.
-  if (plan.query_grid == 0) return zero_key_gradients(args);
+  // Without queries dK, dV and dSink are 0, without keys dQ is.
+  if (plan.query_grid == 0) {
+    if (Status status = run_sink(args, plan, {}); !status.ok()) return status;
+    return zero_key_gradients(args);
+  }
   const BackwardWorkspace workspace = place_workspace(args, plan);
   if (Status status = run_preprocess(args, plan, workspace); !status.ok()) return status;
+  if (Status status = run_sink(args, plan, workspace); !status.ok()) return status;
   if (plan.key_grid > 0) {
     if (Status status = run_main(args, plan, workspace, *row, device); !status.ok()) return status;
   }

@@ -87,9 +87,23 @@ struct ConvertParams {
   bool bfloat16;
 };
 
+struct SinkParams {
+  const float* sink;      // (heads)
+  const float* lse_log2;  // BackwardWorkspace's, as is delta
+  const float* delta;
+  float* dsink;  // (heads)
+  int seqlen_q;
+  int padded_rows;  // of a head in the workspace
+  int heads;
+  int batch;
+};
+
 // Before the main kernel: delta, LSE in base 2, and zeros where it adds. After it: dQ in 16 bits.
 cudaError_t launch_preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t launch_convert(const ConvertParams& params, cudaStream_t stream);
+
+// After the preprocess: the gradient of the attention sinks.
+cudaError_t launch_sink(const SinkParams& params, cudaStream_t stream);
 
 // Zeros in a tensor of 16-bit numbers.
 cudaError_t launch_zero(const StridedTensor& tensor, int batch, int seqlen, int heads, int head_dim,

@@ -102,6 +102,11 @@ Status check_backward_tensors(const hopper_attention_backward_args& a) {
   if (rows && a.lse == nullptr) return Status::invalid("lse is null");
   if (Status status = check_vector("lse", a.lse); !status.ok()) return status;
   if (Status status = check_vector("dlse", a.dlse); !status.ok()) return status;
+  if (Status status = check_vector("sink", a.sink); !status.ok()) return status;
+  if (Status status = check_vector("dsink", a.dsink); !status.ok()) return status;
+  if (a.dsink != nullptr && a.sink == nullptr) {
+    return Status::invalid("sink is null, but dsink, its gradient, is not");
+  }
   const bool aligned = reinterpret_cast<std::uintptr_t>(a.workspace) % kWorkspaceAlignment == 0;
   if (rows && (a.workspace == nullptr || !aligned)) {
     return Status::invalid("workspace is null or not aligned to 128 bytes");

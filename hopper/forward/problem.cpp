@@ -220,6 +220,9 @@ Status check_forward_tensors(const hopper_attention_forward_args& a) {
     const bool bytes = a.dtype == HOPPER_ATTENTION_E4M3 && tensor.data != a.out;
     if (Status status = check_tensor(tensor, bytes ? 16 : 8); !status.ok()) return status;
   }
+  if (reinterpret_cast<std::uintptr_t>(a.sink) % 4 != 0) {
+    return Status::invalid("sink is not aligned to 4 bytes");
+  }
   const int alignment = a.packed ? 16 : 4;
   if (a.workspace == nullptr || reinterpret_cast<std::uintptr_t>(a.workspace) % alignment != 0) {
     return Status::invalid("workspace is null or not aligned to " + std::to_string(alignment) +

@@ -54,6 +54,11 @@ typedef struct hopper_attention_backward_args {
   // hopper_attention_backward_workspace_bytes of device memory, 128-byte aligned, of any contents.
   void* workspace;
   void* stream;  // cudaStream_t; null is the default stream
+
+  // The sinks that the forward pass had, and their gradient, written whole: (heads) each. dsink may
+  // be null; sink only beside it, as lse holds all that the other gradients need of it.
+  const float* sink;
+  float* dsink;
 } hopper_attention_backward_args;
 
 // Enqueues the kernels. HOPPER_ATTENTION_OK does not mean that they have run.

@@ -101,17 +101,22 @@ def explain(
     call.apply_defaults()
     for name in _WITHOUT_EFFECT:
         del call.arguments[name]
+    sink = call.arguments.pop("learnable_sink")  # without effect, too, but checked
+    if sink is not None:
+        checks.tensors(learnable_sink=sink)
     if isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn:
-        descales = [call.arguments[name] for name in _DESCALES]
+        q_descale, k_descale, v_descale = (call.arguments[name] for name in _DESCALES)
         call.arguments.update(dict.fromkeys(_DESCALES))
         scalars = normalise(**call.arguments)
-        return _explain_fp8(
-            Tensors(q, call.arguments["k"], call.arguments["v"], *descales), scalars=scalars
-        )
+        k, v = call.arguments["k"], call.arguments["v"]
+        x = Tensors(q, k, v, q_descale, k_descale, v_descale, learnable_sink=sink)
+        return _explain_fp8(x, scalars)
     scalars = normalise(**call.arguments)
     assert k is not None  # normalise refuses it
     assert v is not None
     dtype, dims = checks.request(q, k, v, scalars)
+    if sink is not None:
+        checks.sink(sink, dims[3], q.device)
     strides = (planned_strides(q), planned_strides(k), planned_strides(v))
     request = ops.problem(dtype, dims, strides, scalars)
     answer = json.loads(_library.load().explain_forward(*request))

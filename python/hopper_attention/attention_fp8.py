@@ -38,7 +38,7 @@ def forward_arguments(x: Quantized) -> tuple[Any, ...]:
             "q: attention of packed sequences in e4m3 is not built yet; quantize them apart, or "
             "padded to one length"
         )
-    return (x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
+    return (x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor, None)
 
 
 def attend(

@@ -195,14 +195,29 @@ def request(
     return code, dims
 
 
-def needs_grad(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+def needs_grad(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    learnable_sink: torch.Tensor | None = None,
+) -> bool:
     """Whether autograd will ask for a gradient of one of them."""
-    return (q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled()
+    return (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or (learnable_sink is not None and learnable_sink.requires_grad)
+    ) and torch.is_grad_enabled()
 
 
-def no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def no_gradient(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    learnable_sink: torch.Tensor | None = None,
+) -> None:
     """Raises NotImplementedError where autograd would ask for what has no gradient."""
-    if needs_grad(q, k, v):
+    if needs_grad(q, k, v, learnable_sink):
         raise NotImplementedError(
             f"q, k and v: quantizing and attention of {torch.float8_e4m3fn} tensors have no "
             "gradient, so none of them may require grad; pass 16-bit tensors to flash_attn_func, "

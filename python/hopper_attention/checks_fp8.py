@@ -15,7 +15,7 @@ WHOLE = 0  # tokens of a scale that covers the sequence
 
 @dataclass(frozen=True)
 class Tensors:
-    """The operator's tensors; None is a scale of 1."""
+    """The operator's tensors; None is a scale of 1, or no sink."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -24,6 +24,7 @@ class Tensors:
     k_descale: torch.Tensor | None = None
     v_descale: torch.Tensor | None = None
     v_token_factor: torch.Tensor | None = None
+    learnable_sink: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def request(
                 f"v_token_factor must be (batch, heads_kv, seqlen_k), {batch, heads_kv, seqlen_k}, "
                 f"got {tuple(factor.shape)}"
             )
+    if x.learnable_sink is not None:
+        checks.sink(x.learnable_sink, heads, x.q.device)
     q_per_kv = x.q_descale is not None and x.q_descale.dim() == 2
     per_channel = _is_per_channel(x, batch, heads_kv, head_dim_v)
     return Request(dims, q_tokens, k_tokens, q_per_kv, per_channel)

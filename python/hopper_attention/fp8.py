@@ -107,6 +107,7 @@ def attention_of_e4m3(
     k: torch.Tensor,
     v: torch.Tensor,
     descales: tuple[Any, Any, Any],
+    learnable_sink: torch.Tensor | None,
     scalars: ops_fp8.Scalars,
     return_attn_probs: bool,
 ) -> Result:
@@ -118,18 +119,19 @@ def attention_of_e4m3(
         v: as k.
         descales: q_descale, k_descale, v_descale: (batch, heads_kv) float32 each, any strides; or
             None for 1.
+        learnable_sink: (heads,) float32, or None.
         scalars: the operator's.
         return_attn_probs: also return the log-sum-exp.
 
     Returns:
         As `flash_attn_func`, in bfloat16.
     """
-    checks.no_gradient(q, k, v)
+    checks.no_gradient(q, k, v, learnable_sink)
     for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
         if descale is not None:
             checks.tensors(**{name: descale})
     outputs = ops_fp8.forward_fp8(
-        *(q, k, v, *descales, None), torch.bfloat16, False, False, *scalars
+        *(q, k, v, *descales, None, learnable_sink), torch.bfloat16, False, False, *scalars
     )
     return _result(outputs, return_attn_probs)
 

@@ -28,6 +28,7 @@ def flash_attn_func(
     deterministic: bool = False,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    learnable_sink: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention: softmax(softmax_scale * q k^T + mask) v, exactly, in one kernel; differentiable.
 
@@ -65,11 +66,16 @@ def flash_attn_func(
             else is always deterministic.
         sm_margin: multiprocessors to leave free for other work.
         return_attn_probs: also return the log-sum-exp.
+        learnable_sink: (heads,) float32, a logit a head that joins the softmax of each of its rows
+            without a value (the attention sink of gpt-oss):
+            P = exp(score) / (exp(sink) + sum of exp(score)). It is not multiplied by softmax_scale,
+            and -inf is none. Differentiable, but for e4m3 tensors.
 
     Returns:
         out, (batch, seqlen_q, heads, head_dim_v), contiguous, in q's dtype, bfloat16 where that is
         float8_e4m3fn; or (out, softmax_lse) where return_attn_probs, softmax_lse
-        (batch, heads, seqlen_q) in float32 with the natural logarithm.
+        (batch, heads, seqlen_q) in float32 with the natural logarithm. A sink is part of its sum,
+        so that a row that sees no key has its sink there.
 
     Raises:
         ValueError: a shape, device or number is not allowed.
@@ -101,10 +107,14 @@ def flash_attn_func(
     )
     if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
+    if learnable_sink is not None:
+        checks.tensors(learnable_sink=learnable_sink)
     if in_fp8:
-        return fp8.attention_of_e4m3(q, k, v, descales, scalars, return_attn_probs)
-    if torch.compiler.is_compiling() or checks.needs_grad(q, k, v):
-        out, lse = ops.operator(q, k, v, *scalars, deterministic)
+        return fp8.attention_of_e4m3(q, k, v, descales, learnable_sink, scalars, return_attn_probs)
+    if torch.compiler.is_compiling() or checks.needs_grad(q, k, v, learnable_sink):
+        out, lse = ops.operator(q, k, v, *scalars, learnable_sink, deterministic)
+    elif learnable_sink is not None:
+        out, lse = ops.forward(q, k, v, *scalars, learnable_sink)
     elif scalars[2:] == ops.DEFAULTS:
         out, lse = ops.forward(q, k, v, *scalars[:2])
     else:
@@ -126,6 +136,7 @@ def flash_attn_qkvpacked_func(
     num_heads_q: int | None = None,
     sm_margin: int = 0,
     return_attn_probs: bool = False,
+    learnable_sink: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """`flash_attn_func` of q, k and v that lie in one tensor; they are read from it in place.
 
@@ -145,6 +156,7 @@ def flash_attn_qkvpacked_func(
         num_heads_q: heads of q where qkv has 4 dimensions.
         sm_margin: likewise.
         return_attn_probs: likewise.
+        learnable_sink: likewise.
 
     Returns:
         As `flash_attn_func`.
@@ -171,6 +183,7 @@ def flash_attn_qkvpacked_func(
         deterministic=deterministic,
         sm_margin=sm_margin,
         return_attn_probs=return_attn_probs,
+        learnable_sink=learnable_sink,
     )
 
 

@@ -21,7 +21,8 @@ Outputs = tuple[torch.Tensor, torch.Tensor]
 _library_fragment = torch.library.Library("hopper_attention", "DEF")
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, int window_left=-1, "
-    "int window_right=-1, float softcap=0.0, int sm_margin=0{}) -> (Tensor out, Tensor lse)"
+    "int window_right=-1, float softcap=0.0, int sm_margin=0, Tensor? learnable_sink=None{}) "
+    "-> (Tensor out, Tensor lse)"
 )
 # ops_backward.py makes the first differentiable. That puts a Python function between the dispatcher
 # and the kernel, 3.5 us also where no gradient is asked for; eager calls then take the second.
@@ -36,8 +37,9 @@ for _name, _last_argument in _OPERATORS.items():
 # so they are few, and they are small.
 _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 
-# The operator's arguments after q, k and v, but for the last, deterministic: it says how the
-# gradients are to be computed (ops_backward.py), and the forward pass does not look at it.
+# The operator's arguments after q, k and v, but for the last two: learnable_sink is a tensor, and
+# deterministic says how the gradients are to be computed (ops_backward.py), at which the forward
+# pass does not look.
 Scalars = tuple[float, bool, int, int, float, int]
 # Of its last four. An argument that a call leaves out costs the dispatcher nothing, another 0.2 us.
 DEFAULTS = (UNBOUNDED, UNBOUNDED, 0.0, 0)
@@ -48,13 +50,14 @@ class Plan(NamedTuple):
     """What is settled of a call that has passed the checks; the rest are addresses.
 
     Attributes:
-        run: enqueues the kernel: run(q, k, v, out, lse, workspace, stream), all integers.
+        run: enqueues the kernel: run(q, k, v, out, lse, workspace, stream, sink), all integers;
+            sink is 0 where there is none.
         is_empty: whether the output has no elements; nothing is enqueued then.
         out: shape, strides and dtype of the output.
         lse: likewise of the log-sum-exp.
     """
 
-    run: Callable[[int, int, int, int, int, int, int], None]
+    run: Callable[[int, int, int, int, int, int, int, int], None]
     is_empty: bool
     out: Layout
     lse: Layout
@@ -76,13 +79,15 @@ def _forward_cuda(
     window_right: int = UNBOUNDED,
     softcap: float = 0.0,
     sm_margin: int = 0,
+    learnable_sink: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> Outputs:
     device_index = q.get_device()
     if device_index != _current_device():
         with torch.cuda.device(q.device):
             return _forward_cuda(
-                q, k, v, softmax_scale, causal, window_left, window_right, softcap, sm_margin
+                *(q, k, v, softmax_scale, causal, window_left, window_right, softcap, sm_margin),
+                learnable_sink,
             )
     # Contiguous tensors of one shape differ at most in the strides of dimensions of size 1, which
     # are never taken.
@@ -112,6 +117,8 @@ def _forward_cuda(
     ):
         q, k, v, plan = _make_plan(key, q, k, v, key[-6:])
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if learnable_sink is not None:
+        learnable_sink = sink_in_place(learnable_sink, q)
     run, is_empty, out_layout, lse_layout = plan
     out = _empty(*out_layout)
     lse = _empty(*lse_layout)
@@ -127,8 +134,15 @@ def _forward_cuda(
         lse.data_ptr(),
         workspace.data_ptr(),
         stream,
+        0 if learnable_sink is None else learnable_sink.data_ptr(),
     )
     return out, lse
+
+
+def sink_in_place(learnable_sink: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """A sink that was checked, contiguous; copied where it is not."""
+    checks.sink(learnable_sink, q.shape[2], q.device)
+    return learnable_sink.contiguous()
 
 
 def _make_plan(
@@ -177,11 +191,14 @@ def _forward_fake(
     window_right: int = UNBOUNDED,
     softcap: float = 0.0,
     sm_margin: int = 0,
+    learnable_sink: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> Outputs:
     batch, seqlen_q, _, heads, _, head_dim, head_dim_v = checks.attention_dims(q, k, v)
     checks.kernel_limits(q.dtype, head_dim, head_dim_v)
     checks.scalars(softmax_scale, window_left, window_right, softcap, sm_margin)
+    if learnable_sink is not None:
+        checks.sink(learnable_sink, heads, q.device)
     return _allocate(q, batch, seqlen_q, heads, head_dim_v)
 
 

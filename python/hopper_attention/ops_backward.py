@@ -12,6 +12,11 @@ With P = exp(S - LSE) recomputed from q and k, where S are the scores as masked 
 
 as in Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2. Beside the gradients it needs dQ in
 float32 and two numbers for each query of each head (three where it is deterministic).
+
+LSE holds the sink t of its head, so that nothing changes with one; and as dO / dt = -p O and
+dLSE / dt = p with p = exp(t - LSE), the sink's own gradient, of `backward.sink`, is
+
+    dt = -sum over the head's rows of p * (delta - dLSE)
 """
 
 from __future__ import annotations
@@ -24,17 +29,26 @@ import torch
 from . import _library, checks, ops
 from ._layout import Strides, kernel_view
 
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Gradients = tuple[torch.Tensor, ...]  # dq, dk, dv, and dsink where there is a sink
 # softmax_scale, causal, window_left, window_right, softcap, deterministic
 Scalars = tuple[float, bool, int, int, float, bool]
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
-_library_fragment.define(
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+_SCHEMA = (
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "{}float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
+    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv{})"
 )
+# The second also gives the sink's gradient.
+_OPERATORS = {
+    "backward": ("", ""),
+    "backward.sink": ("Tensor learnable_sink, ", ", Tensor dsink"),
+}
+for _name, _sink in _OPERATORS.items():
+    _library_fragment.define(_name + _SCHEMA.format(*_sink), tags=(torch.Tag.pt2_compliant_tag,))
+
+
+_SINK = 9  # its place among forward's arguments
 
 
 class Plan(NamedTuple):
@@ -42,7 +56,7 @@ class Plan(NamedTuple):
 
     Attributes:
         run: enqueues the kernels: run(q, k, v, out, dout, lse, dlse, dq, dk, dv, workspace,
-            stream), all integers; dlse is 0 where there is none.
+            stream, sink, dsink), all integers; dlse, sink and dsink are 0 where there is none.
         workspace: shape, strides and dtype of the workspace.
         gradients: likewise of dq, dk and dv.
     """
@@ -64,13 +78,15 @@ def _backward_cuda(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *scalars: Any,
+    *rest: Any,
 ) -> Gradients:
     device_index = q.get_device()
     if device_index != ops._current_device():
         with torch.cuda.device(q.device):
-            return _backward_cuda(dout, dlse, q, k, v, out, lse, *scalars)
+            return _backward_cuda(dout, dlse, q, k, v, out, lse, *rest)
+    sink, scalars = _split(rest)
     dtype, dims = _check(dout, dlse, q, k, v, out, lse, scalars)
+    sink = None if sink is None else ops.sink_in_place(sink, q)
     deterministic = scalars[5] or torch.are_deterministic_algorithms_enabled()
     # Named, as they must outlive the call: some may be copies.
     q, q_strides = kernel_view(q)
@@ -83,11 +99,8 @@ def _backward_cuda(
     strides = (q_strides, k_strides, v_strides, out_strides, dout_strides)
     key = (dtype, dims, strides, scalars[:5], deterministic)
     run, workspace_layout, layouts = _plans.get(key) or _make_plan(key)
-    gradients = dq, dk, dv = (
-        ops._empty(*layouts[0]),
-        ops._empty(*layouts[1]),
-        ops._empty(*layouts[2]),
-    )
+    dq, dk, dv = ops._empty(*layouts[0]), ops._empty(*layouts[1]), ops._empty(*layouts[2])
+    dsink = None if sink is None else ops._empty((dims[3],), (1,), torch.float32)
     workspace = ops._empty(*workspace_layout)
     run(
         q.data_ptr(),
@@ -102,8 +115,10 @@ def _backward_cuda(
         dv.data_ptr(),
         workspace.data_ptr(),
         ops._raw_stream(device_index),
+        0 if sink is None else sink.data_ptr(),
+        0 if dsink is None else dsink.data_ptr(),
     )
-    return gradients
+    return (dq, dk, dv) if dsink is None else (dq, dk, dv, dsink)
 
 
 def _make_plan(key: tuple[Any, ...]) -> Plan:
@@ -154,16 +169,24 @@ def _backward_fake(
     v: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    *scalars: Any,
+    *rest: Any,
 ) -> Gradients:
+    sink, scalars = _split(rest)
     batch, seqlen_q, _, heads, _, head_dim, head_dim_v = checks.attention_dims(q, k, v)
     checks.kernel_limits(q.dtype, head_dim, head_dim_v)
     softmax_scale, _, window_left, window_right, softcap, _ = scalars
     checks.scalars(softmax_scale, window_left, window_right, softcap, 0)
     _check_results(dout, dlse, q, out, lse, (batch, seqlen_q, heads, head_dim_v))
     # Not new_empty of the tensors' strides: the gradients are contiguous whatever the inputs were.
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv
+    if sink is not None:
+        checks.sink(sink, heads, q.device)
+    inputs = (q, k, v) if sink is None else (q, k, v, sink)
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs)
+
+
+def _split(rest: tuple[Any, ...]) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
+    """The sink, of the operator that has one, and the scalars."""
+    return (rest[0], rest[1:]) if isinstance(rest[0], torch.Tensor) else (None, rest)
 
 
 def _check(
@@ -215,36 +238,56 @@ def _check_tensor(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
-    q, k, v, softmax_scale, causal, window_left, window_right, softcap, _, deterministic = inputs
-    save(ctx, (q, k, v), output)
-    ctx.scalars = (softmax_scale, causal, window_left, window_right, softcap, deterministic)
+    q, k, v, *scalars, _, sink, deterministic = inputs
+    # The dispatcher leaves out what is as by default, so without a sink there may be no such place.
+    wanted = sink is not None and ctx.needs_input_grad[_SINK]
+    save(ctx, (q, k, v), output, (sink,) if wanted else ())
+    ctx.scalars = (*scalars, deterministic)
 
 
-def save(ctx: Any, qkv: tuple[torch.Tensor, ...], output: ops.Outputs) -> None:
-    """Keeps what `gradients` reads: q, k and v in 16 bits, out and the log-sum-exp."""
-    ctx.save_for_backward(*qkv, *output)
+def save(
+    ctx: Any,
+    qkv: tuple[torch.Tensor, ...],
+    output: ops.Outputs,
+    sink: tuple[torch.Tensor, ...] = (),
+) -> None:
+    """Keeps what `gradients` reads: q, k and v in 16 bits, out and the log-sum-exp; and the sink.
+
+    Args:
+        ctx: autograd's.
+        qkv: q, k and v.
+        output: out and the log-sum-exp.
+        sink: the sink whose gradient is asked for, if there is one.
+    """
+    ctx.save_for_backward(*qkv, *output, *sink)
     ctx.set_materialize_grads(False)  # so that an unused LSE has no gradient, not one of zeros
 
 
 def gradients(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """dq, dk and dv from what `save` kept and ctx.scalars; None where nothing depends on them."""
-    q, k, v, out, lse = ctx.saved_tensors
+) -> tuple[torch.Tensor | None, ...]:
+    """dq, dk, dv, and dsink where a sink was saved, from what `save` kept and ctx.scalars.
+
+    None where nothing depends on them.
+    """
+    q, k, v, out, lse, *sink = ctx.saved_tensors
     if dout is None:
         if dlse is None:
-            return None, None, None
+            return (None,) * (3 + len(sink))
         dout = torch.zeros_like(out)
+    operator = backward_sink if sink else backward
+    arguments = (dout, dlse, q, k, v, out, lse, *sink, *ctx.scalars)
     if torch.is_grad_enabled():  # create_graph=True; backward's own formula says what is wrong
-        return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
+        return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us
-        return backward(dout, dlse, q, k, v, out, lse, *ctx.scalars)
+        return operator(*arguments)
 
 
 def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    return *gradients(ctx, dout, dlse), *(None,) * 7
+    dq, dk, dv, *dsink = gradients(ctx, dout, dlse)
+    return dq, dk, dv, *(None,) * 6, dsink[0] if dsink else None, None
 
 
 def _differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
@@ -254,14 +297,16 @@ def _differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
     )
 
 
-_library_fragment.impl("backward", _backward_cuda, "CUDA")
-_library_fragment.impl("backward", _backward_cpu, "CPU")
-torch.library.register_fake("hopper_attention::backward", _backward_fake, lib=_library_fragment)
+for _name in _OPERATORS:
+    _library_fragment.impl(_name, _backward_cuda, "CUDA")
+    _library_fragment.impl(_name, _backward_cpu, "CPU")
+    torch.library.register_fake(f"hopper_attention::{_name}", _backward_fake, lib=_library_fragment)
+    torch.library.register_autograd(
+        f"hopper_attention::{_name}", _differentiate_twice, lib=_library_fragment
+    )
 torch.library.register_autograd(
     "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library_fragment
 )
-torch.library.register_autograd(
-    "hopper_attention::backward", _differentiate_twice, lib=_library_fragment
-)
 
 backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward.default
+backward_sink: Callable[..., Gradients] = torch.ops.hopper_attention.backward.sink

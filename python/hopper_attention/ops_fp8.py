@@ -13,8 +13,8 @@ from .ops_quantize import spaced
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
 _library_fragment.define(
     "forward_fp8(Tensor q, Tensor k, Tensor v, Tensor? q_descale, Tensor? k_descale, "
-    "Tensor? v_descale, Tensor? v_token_factor, ScalarType out_dtype, bool v_transposed, "
-    "bool fast_accumulation, float softmax_scale, bool causal, int window_left, "
+    "Tensor? v_descale, Tensor? v_token_factor, Tensor? learnable_sink, ScalarType out_dtype, "
+    "bool v_transposed, bool fast_accumulation, float softmax_scale, bool causal, int window_left, "
     "int window_right, float softcap, int sm_margin) -> (Tensor out, Tensor lse)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -146,19 +146,20 @@ def _forward_cuda(
     k_descale: torch.Tensor | None,
     v_descale: torch.Tensor | None,
     v_token_factor: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
     out_dtype: torch.dtype,
     v_transposed: bool,
     fast_accumulation: bool,
     *scalars: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device_index = q.get_device()
-    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
+    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
     r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_gradient(q, k, v)
+    checks.no_gradient(q, k, v, learnable_sink)
     if device_index != torch.cuda.current_device():
         with torch.cuda.device(q.device):
             return _forward_cuda(
-                *(q, k, v, q_descale, k_descale, v_descale, v_token_factor),
+                *(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink),
                 *(out_dtype, v_transposed, fast_accumulation, *scalars),
             )
     library = _library.load()
@@ -170,12 +171,13 @@ def _forward_cuda(
         _floats_in_place(s) for s in (x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
     ]
     x = Tensors(q, k, v, *scales)
+    sink = None if learnable_sink is None else learnable_sink.contiguous()
     strides = (_strides(q), _strides(k), _strides(v, v_transposed))
     stream = ops._raw_stream(device_index)
     library.forward_fp8(
         [
             *(tensor.data_ptr() for tensor in (q, k, v, out, lse)),
-            *(0 if scale is None else scale.data_ptr() for scale in scales),
+            *(0 if scale is None else scale.data_ptr() for scale in (*scales, sink)),
         ],
         _longs(strides, _out_strides(r), x, r),
         _ints(r, out_dtype, v_transposed, fast_accumulation, scalars),
@@ -202,14 +204,15 @@ def _forward_fake(
     k_descale: torch.Tensor | None,
     v_descale: torch.Tensor | None,
     v_token_factor: torch.Tensor | None,
+    learnable_sink: torch.Tensor | None,
     out_dtype: torch.dtype,
     v_transposed: bool,
     fast_accumulation: bool,
     *scalars: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor)
+    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
     r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_gradient(q, k, v)
+    checks.no_gradient(q, k, v, learnable_sink)
     return _allocate(r, out_dtype, q.device)
 
 

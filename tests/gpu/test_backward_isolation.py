@@ -146,7 +146,7 @@ def test_gradients_are_written_whole_and_nothing_else(lengths, dims, determinist
     workspace = torch.full((num_bytes + 4096,), 255, dtype=torch.uint8, device=DEVICE)  # NaN
     addresses = [x.data_ptr() or workspace.data_ptr() for x in (*tensors[:5], lse, *found)]
     stream = torch.cuda.current_stream().cuda_stream
-    run(*addresses[:6], 0, *addresses[6:], workspace.data_ptr(), stream)
+    run(*addresses[:6], 0, *addresses[6:], workspace.data_ptr(), stream, 0, 0)
     assert (workspace[num_bytes:] == 255).all()
     compare([x.contiguous() for x in found], inputs, dout, causal=causal)
     for around, view in surrounded:

@@ -1,5 +1,6 @@
 // The compiled library through its C interface, on a machine that shows no device: what it says,
 // and that nothing worse than a status code comes of bad arguments.
+#include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -49,6 +50,23 @@ void bad_arguments_are_named() {
   sized.args.struct_size = sizeof(sized.args) + 8;
   CHECK(hopper_attention_forward(&sized.args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
   CHECK(mentions("struct_size"));
+}
+
+// Programs built before sinks were added pass shorter structs.
+void older_callers_keep_working() {
+  Call call;
+  call.args.struct_size = offsetof(hopper_attention_forward_args, sink);
+  std::string text(2048, '?');
+  check::context = "a forward struct without a sink";
+  CHECK(hopper_attention_explain_forward(&call.args, text.data(), text.size()) ==
+        HOPPER_ATTENTION_OK);
+  hopper_attention_backward_args args{};
+  args.struct_size = offsetof(hopper_attention_backward_args, sink);
+  args.batch = args.heads = args.heads_kv = 1;
+  args.head_dim = args.head_dim_v = 64;
+  uint64_t bytes = 0;
+  check::context = "a backward struct without a sink";
+  CHECK(hopper_attention_backward_workspace_bytes(&args, &bytes) == HOPPER_ATTENTION_OK);
 }
 
 void explain_writes_json_and_respects_the_buffer() {
@@ -128,6 +146,7 @@ int main() {
   setenv("CUDA_VISIBLE_DEVICES", "", 1);  // a device that is there must not be used
   forward_without_a_device_says_so();
   bad_arguments_are_named();
+  older_callers_keep_working();
   explain_writes_json_and_respects_the_buffer();
   the_quantizer_speaks_the_same_language();
   the_backward_pass_speaks_the_same_language();

@@ -115,6 +115,13 @@ void tensors_are_refused_by_name() {
   const auto* odd = reinterpret_cast<const float*>(memory + 2);
   refuses_tensor("lse is not aligned", [&](Args& a) { a.lse = odd; });
   refuses_tensor("dlse is not aligned", [&](Args& a) { a.dlse = odd; });
+  refuses_tensor("sink is not aligned", [&](Args& a) { a.sink = odd; });
+  refuses_tensor("dsink is not aligned", [](Args& a) {
+    a.sink = reinterpret_cast<const float*>(memory);
+    a.dsink = reinterpret_cast<float*>(memory + 2);
+  });
+  refuses_tensor("sink is null, but dsink",
+                 [](Args& a) { a.dsink = reinterpret_cast<float*>(memory); });
   refuses_tensor("dout_stride_seq is 1028", [](Args& a) { a.dout_stride_seq = 1028; });
   refuses_tensor("dk_stride_head is -128", [](Args& a) { a.dk_stride_head = -128; });
   refuses_tensor("dq_stride_batch", [](Args& a) { a.dq_stride_batch = std::int64_t{1} << 40; });

@@ -128,6 +128,9 @@ void tensors_are_refused_by_name() {
   refuses_tensor("v is null", [](Args& a) { a.v = nullptr; });
   refuses_tensor("out is null", [](Args& a) { a.out = nullptr; });
   refuses_tensor("workspace is null", [](Args& a) { a.workspace = nullptr; });
+  refuses_tensor("sink is not aligned", [](Args& a) {
+    a.sink = reinterpret_cast<const float*>(static_cast<const char*>(a.q) + 2);
+  });
   refuses_tensor("v is not aligned", [](Args& a) { a.v = static_cast<const char*>(a.v) + 8; });
   refuses_tensor("q_stride_seq is 1028", [](Args& a) { a.q_stride_seq = 1028; });
   refuses_tensor("k_stride_head is -128", [](Args& a) { a.k_stride_head = -128; });

@@ -16,7 +16,7 @@ from hopper_attention import _library, attention_fp8, ops, ops_backward, referen
 
 STREAM = 4711
 TENSORS = ["q", "k", "v", "out", "dout", "dq", "dk", "dv"]
-POINTERS = [*TENSORS[:5], "lse", "dlse", *TENSORS[5:], "workspace", "stream"]
+POINTERS = [*TENSORS[:5], "lse", "dlse", *TENSORS[5:], "workspace", "stream", "sink", "dsink"]
 SIZES = ["batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"]
 SCALARS = ["softmax_scale", "softcap", "causal", "window_left", "window_right", "deterministic"]
 WORKSPACE_BYTES = 640
@@ -82,7 +82,8 @@ class FakeLibrary:
             at(address, shape, (*of_tensor, 1), dtype)
             for address, shape, of_tensor in zip(pointers[:4], shapes, strides, strict=True)
         )
-        exact, lse = reference.attention(q, k, v, *options)
+        sink = at(pointers[7], (heads,), (1,), torch.float32) if pointers[7] else None
+        exact, lse = reference.attention(q, k, v, *options, sink)
         out.copy_(exact)
         at(pointers[4], (lse.numel(),), (1,), torch.float32).copy_(lse.flatten())
 
@@ -114,6 +115,12 @@ class FakeLibrary:
         of_rows = ((batch, heads, seqlen_q), (heads * seqlen_q, seqlen_q, 1), torch.float32)
         lse = at(p["lse"], *of_rows)
         dlse = at(p["dlse"], *of_rows) if p["dlse"] else None
+        if p["dsink"]:
+            sink = at(p["sink"], (heads,), (1,), torch.float32).double()
+            delta = (tensors[3].double() * tensors[4].double()).sum(3).transpose(1, 2)
+            delta = delta - (0 if dlse is None else dlse.double())
+            share = torch.exp(sink[:, None] - lse.double()).masked_fill(lse == -torch.inf, 0.0)
+            at(p["dsink"], (heads,), (1,), torch.float32).copy_(-(share * delta).sum((0, 2)))
         for to, gradient in zip(tensors[5:], formulas(*tensors[:5], lse, dlse, call), strict=True):
             to.copy_(gradient)
 
@@ -137,6 +144,7 @@ def gradient_library(monkeypatch):
             ("forward", ops._forward_cuda),
             ("forward.inference", ops._forward_cuda),
             ("backward", ops_backward._backward_cuda),
+            ("backward.sink", ops_backward._backward_cuda),
             ("attention_fp8", attention_fp8._attention),
         ):
             implementations.impl(name, function, "CPU", allow_override=True)

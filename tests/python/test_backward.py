@@ -204,7 +204,7 @@ def test_calls_of_one_problem_are_prepared_once(gradient_library):
 def test_opcheck(gradient_library):
     for sizes in ({}, {"d_v": 8}, {"seqlen_k": 0}):
         inputs = random_qkv(**sizes)
-        torch.library.opcheck(ops.operator, (*inputs, 0.25, True, 3, -1, 0.0, 0, True))
+        torch.library.opcheck(ops.operator, (*inputs, 0.25, True, 3, -1, 0.0, 0, None, True))
     out, lse = ops.operator(*inputs, 0.25, False)
     torch.library.opcheck(
         ops_backward.backward,

@@ -22,15 +22,15 @@ def arguments(heads_kv=2, head_dim_v=64):
     )
 
 
-def test_a_prepared_call_takes_seven_addresses():
+def test_a_prepared_call_takes_eight_addresses():
     call = _library.load().prepare(*arguments())
-    with pytest.raises(TypeError, match="takes 7 addresses, got 6"):
+    with pytest.raises(TypeError, match="takes 8 addresses, got 6"):
         call(*range(6))
     with pytest.raises(TypeError, match="integer"):
-        call(16, 16, 16, 16, 16, 16, "0")
+        call(16, 16, 16, 16, 16, 16, 0, "0")
     for address in (-1, 2**64):
         with pytest.raises(OverflowError):
-            call(16, 16, 16, 16, 16, 16, address)
+            call(16, 16, 16, 16, 16, 16, 0, address)
 
 
 def test_a_prepared_call_raises_what_the_library_says():
@@ -40,22 +40,22 @@ def test_a_prepared_call_raises_what_the_library_says():
     gc.collect()
     for _ in range(2):
         with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
-            wrong(*[16] * 7)
+            wrong(*[16] * 8)
         with pytest.raises(NotImplementedError, match="head_dim is 64 with head_dim_v is 136"):
-            unsupported(*[16] * 7)
+            unsupported(*[16] * 8)
 
 
 def backward_arguments(heads_kv=2, dtype=1):
     return (*(dtype, 1, 64, 64, 2, heads_kv, 64, 64), (STRIDES,) * 8, 0.125, 0.0, True, -1, 0, True)
 
 
-def test_a_prepared_backward_call_takes_twelve_addresses():
+def test_a_prepared_backward_call_takes_fourteen_addresses():
     call, workspace_bytes = _library.load().prepare_backward(*backward_arguments())
     assert workspace_bytes >= 2 * 64 * (64 + 2) * 4
-    with pytest.raises(TypeError, match="takes 12 addresses, got 7"):
+    with pytest.raises(TypeError, match="takes 14 addresses, got 7"):
         call(*range(7))
     with pytest.raises(OverflowError):
-        call(*[16] * 11, -1)
+        call(*[16] * 13, -1)
 
 
 def test_prepare_backward_raises_what_the_library_says():

@@ -28,6 +28,7 @@ INTS = [
     *("v_transposed", "q_descale_tokens", "k_descale_tokens", "q_descale_per_kv"),
 ]
 POINTERS = ["q", "k", "v", "out", "lse", "q_descale", "k_descale", "v_descale", "v_token_factor"]
+POINTERS += ["sink"]
 
 
 def at(address, shape, strides, dtype):
@@ -54,7 +55,10 @@ class FakeLibrary:
         self.calls.append(n | {"softmax_scale": softmax_scale, "softcap": softcap, "longs": longs})
         q, k, v, out = self.tensors(p, n, longs)
         window = (n["window_left"], n["window_right"])
-        exact, lse = reference.attention(q, k, v, softmax_scale, bool(n["causal"]), window, softcap)
+        sink = at(p["sink"], (n["heads"],), (1,), torch.float32) if p["sink"] else None
+        exact, lse = reference.attention(
+            q, k, v, softmax_scale, bool(n["causal"]), window, softcap, sink
+        )
         out.copy_(exact)
         at(p["lse"], (lse.numel(),), (1,), torch.float32).copy_(lse.flatten())
 
@@ -227,6 +231,23 @@ def test_fa3_callers_packed_qkv(library):
     torch.testing.assert_close(out.double(), exact, rtol=2**-7, atol=1e-5)
 
 
+def test_learnable_sink(library):
+    q, k, v = e4m3_qkv()
+    sink = torch.tensor([-2.0, 0.5, 4.0, -torch.inf, 9.0])[:4]
+    out, lse = hopper_attention.flash_attn_func(
+        q, k, v, causal=True, return_attn_probs=True, learnable_sink=sink
+    )
+    exact = reference.attention(
+        q.double(), k.double(), v.double(), causal=True, learnable_sink=sink
+    )
+    torch.testing.assert_close(out.double(), exact[0], rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact[1], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"learnable_sink must have shape .*\(4,\), got \(3,\)"):
+        hopper_attention.flash_attn_func(q, k, v, learnable_sink=sink[:3])
+    with pytest.raises(NotImplementedError, match="may require grad"):
+        hopper_attention.flash_attn_func(q, k, v, learnable_sink=sink.requires_grad_())
+
+
 @settings(max_examples=30, deadline=None)
 @given(data=st.data())
 def test_strides_and_granularities(data):
@@ -260,7 +281,7 @@ def test_strides_and_granularities(data):
         v_scale = scale(heads_kv, [None, 1, d])
         factor = scale(heads_kv, [None, seqlen_k])
         out, lse = ops_fp8.forward_fp8(
-            *(q, k, v, q_scale, k_scale, v_scale, factor, torch.bfloat16, False, False),
+            *(q, k, v, q_scale, k_scale, v_scale, factor, None, torch.bfloat16, False, False),
             *(0.2, False, -1, -1, 0.0, 0),
         )
 
@@ -289,7 +310,7 @@ def e4m3_qkv(**sizes):
 def call_operator(q, k, v, *scales, transposed=False, out_dtype=torch.bfloat16, scalars=None):
     scales = (*scales, *[None] * (4 - len(scales)))
     scalars = scalars or (0.2, False, -1, -1, 0.0, 0)
-    return ops_fp8.forward_fp8(q, k, v, *scales, out_dtype, transposed, False, *scalars)
+    return ops_fp8.forward_fp8(q, k, v, *scales, None, out_dtype, transposed, False, *scalars)
 
 
 @pytest.mark.parametrize(

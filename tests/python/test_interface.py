@@ -22,6 +22,7 @@ DEFAULTS = {
     "window_right": -1,
     "softcap": 0.0,
     "sm_margin": 0,
+    "learnable_sink": None,
     "deterministic": False,
 }
 # softmax_scale and causal have none.
@@ -75,6 +76,7 @@ def test_signature_of_flash_attn_func():
         ("deterministic", False),
         ("sm_margin", 0),
         ("return_attn_probs", False),
+        ("learnable_sink", None),
     ]
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 
@@ -95,6 +97,7 @@ def test_signature_of_flash_attn_qkvpacked_func():
         ("num_heads_q", None),
         ("sm_margin", 0),
         ("return_attn_probs", False),
+        ("learnable_sink", None),
     ]
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
 

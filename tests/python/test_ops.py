@@ -18,7 +18,7 @@ import hopper_attention
 from hopper_attention import _layout, _library, checks, ops, reference
 
 # The library's arguments, in its order.
-POINTERS = ["q", "k", "v", "out", "lse", "workspace", "stream"]
+POINTERS = ["q", "k", "v", "out", "lse", "workspace", "stream", "sink"]
 SIZES = ["batch", "seqlen_q", "seqlen_k", "heads", "heads_kv", "head_dim", "head_dim_v"]
 STRIDES = ["q_strides", "k_strides", "v_strides", "out_strides"]
 SCALARS = ["softmax_scale", "softcap", "causal", "window_left", "window_right", "sm_margin"]
@@ -64,8 +64,9 @@ class FakeLibrary:
         out = at(call["out"], (batch, seqlen_q, heads, d_v), (*call["out_strides"], 1), dtype)
         lse = at(call["lse"], (batch * heads * seqlen_q,), (1,), torch.float32)
         window = (call["window_left"], call["window_right"])
+        sink = at(call["sink"], (heads,), (1,), torch.float32) if call["sink"] else None
         exact = reference.attention(
-            q, k, v, call["softmax_scale"], call["causal"], window, call["softcap"]
+            q, k, v, call["softmax_scale"], call["causal"], window, call["softcap"], sink
         )
         out.copy_(exact[0])
         lse.copy_(exact[1].flatten())
@@ -133,6 +134,7 @@ def test_arguments_of_the_library(library, dtype, code):
             "lse": lse.data_ptr(),
             "workspace": library.workspace,
             "stream": STREAM,
+            "sink": 0,
             "dtype": code,
             "batch": 2,
             "seqlen_q": 6,

@@ -153,7 +153,7 @@ def test_schema():
     assert str(torch.ops.hopper_attention.forward.default._schema) == (
         "hopper_attention::forward(Tensor q, Tensor k, Tensor v, float softmax_scale, bool causal, "
         "int window_left=-1, int window_right=-1, float softcap=0., int sm_margin=0, "
-        "bool deterministic=False) -> (Tensor out, Tensor lse)"
+        "Tensor? learnable_sink=None, bool deterministic=False) -> (Tensor out, Tensor lse)"
     )
     assert str(torch.ops.hopper_attention.backward.default._schema) == (
         "hopper_attention::backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
