@@ -12,25 +12,31 @@ namespace hopper_attention {
 template <class Traits, class Output>
 CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::SharedStorage& shared,
                             Fp8Softmax<Traits>& softmax, Output& rO, TileMessage const& message,
-                            float sink, int consumer, int thread, float (&lse)[kRowsPerThread]) {
+                            int consumer, int thread, float (&lse)[kRowsPerThread]) {
   const ScaleParams& scales = params.scales;
   constexpr int kSize = Traits::kHeadDimV / 2;
-  float factor[kRowsPerThread];
+  float total[kRowsPerThread], factor[kRowsPerThread];
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
     auto add = [](float a, float b) { return a + b; };
-    float total;
     if constexpr (Traits::kOnes) {
-      total = rO(kSize + 2 * r);  // each of the ones' columns has it
+      total[r] = rO(kSize + 2 * r);  // each of the ones' columns has it
     } else {
-      total = quad_reduce(softmax.sum[r], add);
+      total[r] = quad_reduce(softmax.sum[r], add);
     }
     if constexpr (Traits::kTokenSums) {
       if (scales.v_token_factor != nullptr) {
-        total = quad_reduce(shared.row_sums[consumer][row_sum_index(r)], add);
+        total[r] = quad_reduce(shared.row_sums[consumer][row_sum_index(r)], add);
       }
     }
-    factor[r] = finish_row(total, softmax.shift[r], sink, lse[r]);  // both hold kOffsetLog2
+  }
+  // As read_sink, but of a -inf that the compiler knows nothing of: it would be kept from the
+  // tile's beginning on, at d256 in local memory.
+  const float sink =
+      params.sink == nullptr ? opaque(-INFINITY) : load_scale(params.sink + message.tile.head);
+  CUTE_UNROLL
+  for (int r = 0; r < kRowsPerThread; ++r) {
+    factor[r] = finish_row(total[r], softmax.shift[r], sink, lse[r]);  // both hold kOffsetLog2
   }
   const float* channels = scales.v == nullptr
                               ? nullptr

@@ -79,8 +79,7 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
     const TileMessage done = sink.tile(shared.barriers);
-    const float sink_logit = read_sink(params, done.tile.head);
-    finish_fp8<Traits>(params, shared, softmax, rO, done, sink_logit, consumer, thread, lse);
+    finish_fp8<Traits>(params, shared, softmax, rO, done, consumer, thread, lse);
     store_fp8_output<Traits>(params, shared, rO, done.tile, first_row, consumer, thread);
     store_lse(params, lse, done.tile, first_row, thread);
   } else {

@@ -43,6 +43,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
 OTHER_KERNELS = {
     "quantize": "quantize_launch.cu.log",
     "preprocess": "backward_preprocess.cu.log",
+    "sink": "backward_sink.cu.log",
     "convert": "backward_convert.cu.log",
 }
 # ptxas's advisories that do no harm here, by number, each with the reason.
