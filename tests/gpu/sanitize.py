@@ -5,9 +5,9 @@
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
-forward pass, with sums in any order and in a fixed one. The quantizer runs by its tile, dtype and
-kind of recipe. On the device there is nothing but copies and our kernels: inputs are
-made, and outputs looked at, on the CPU.
+forward pass, with sums in any order and in a fixed one, and with a sink. The quantizer runs by its
+tile, dtype and kind of recipe. On the device there is nothing but copies and our kernels: inputs
+are made, and outputs looked at, on the CPU.
 """
 
 from __future__ import annotations
@@ -120,17 +120,18 @@ def run(name: str) -> None:
 def run_backward(name: str, instance: Instance, dtype: torch.dtype) -> None:
     """Runs one backward instance on what its forward pass left."""
     on_cpu = draw(dtype, SEQLEN_K["masked"], instance.head_dim, instance.head_dim_v)
-    leaves = [x.cuda().requires_grad_() for x in on_cpu]
+    sink = torch.linspace(-1.0, 1.0, HEADS)
+    leaves = [x.cuda().requires_grad_() for x in (*on_cpu, sink)]
     size = (*on_cpu[0].shape[:3], instance.head_dim_v)
     dout = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
     for options in OPTIONS[instance.mask]:
         for deterministic in (False, True):
             result = hopper_attention.flash_attn_func(
-                *leaves, deterministic=deterministic, **options
+                *leaves[:3], deterministic=deterministic, learnable_sink=leaves[3], **options
             )
             found = torch.autograd.grad(result, leaves, dout)
             what = f"{name} {options}{' deterministic' if deterministic else ''}"
-            check(what, found, ("dq", "dk", "dv"))
+            check(what, found, ("dq", "dk", "dv", "dsink"))
 
 
 def run_fp8(name: str, instance: Instance) -> None:
