@@ -7,8 +7,8 @@ Full kernels run once, masked ones with a causal mask, a window and a soft cap; 
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
 forward pass, with sums in any order and in a fixed one, and with a sink. Packed kernels run on
 sequences of several lengths, none among them. The quantizer runs by its tile, dtype and kind of
-recipe. On the device there is nothing but copies and our kernels: inputs are made, and outputs looked
-at, on the CPU.
+recipe. On the device there is nothing but copies and our kernels: inputs are made, and outputs
+looked at, on the CPU.
 """
 
 from __future__ import annotations
