@@ -114,6 +114,7 @@ PYBIND11_MODULE(_C, module) {
   bind_backward(module);
   bind_quantize(module);
   bind_forward_fp8(module);
+  bind_varlen(module);
   module.def("version", &hopper_attention_version);
   module.def("instances", &instances);
 }

@@ -22,3 +22,4 @@ inline void raise_on_failure(hopper_attention_status status) {
 void bind_backward(pybind11::module_& module);
 void bind_quantize(pybind11::module_& module);
 void bind_forward_fp8(pybind11::module_& module);
+void bind_varlen(pybind11::module_& module);

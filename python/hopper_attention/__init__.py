@@ -6,7 +6,7 @@ everywhere, and `unavailable_reason()` says what `flash_attn_func` is missing on
 
 from importlib import metadata as _metadata
 
-from . import emulation, emulation_fp8, reference
+from . import emulation, emulation_fp8, emulation_varlen, reference
 from ._explain import Explanation, explain
 from ._library import is_available, unavailable_reason
 from .fp8 import flash_attn_fp8_func
@@ -14,6 +14,7 @@ from .interface import flash_attn_func, flash_attn_qkvpacked_func
 from .quantize import quantize
 from .quantized import Quantized
 from .recipe import Fp8Recipe
+from .varlen import flash_attn_varlen_func
 
 try:
     __version__ = _metadata.version("hopper-attention")
@@ -27,10 +28,12 @@ __all__ = [
     "__version__",
     "emulation",
     "emulation_fp8",
+    "emulation_varlen",
     "explain",
     "flash_attn_fp8_func",
     "flash_attn_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
     "is_available",
     "quantize",
     "reference",

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from . import _library, attention_fp8, checks, fp8, ops, ops_fp8
-from ._layout import copy_reason, planned_strides
+from . import _library, attention_fp8, checks, checks_varlen, fp8, ops, ops_fp8, ops_varlen
+from ._layout import copy_reason, planned_packed_strides, planned_strides
 from .checks_fp8 import Tensors
 from .interface import flash_attn_func, normalise
 from .quantized import Quantized
+from .varlen import flash_attn_varlen_func, prepare
 
 _SIGNATURE = inspect.signature(flash_attn_func)
+_VARLEN_SIGNATURE = inspect.signature(flash_attn_varlen_func)
 _DESCALES = ("q_descale", "k_descale", "v_descale")
 _WITHOUT_EFFECT = ("deterministic", "return_attn_probs")  # on which kernel runs
 
@@ -28,7 +30,7 @@ class Explanation:
         instance: the kernel's name, a row of hopper/forward/instances.def.
         dtype: float16, bfloat16 or e4m3.
         mask: "full", or "masked" for the general kernel: where a mask, a soft cap or a scale that
-            is not positive asks for it, or where its tiles are faster.
+            is not positive asks for it, or where its tiles are faster; "packed" for packed batches.
         tile_m: query rows a block works on.
         tile_n: keys a step.
         stages: buffers of K, and as many of V.
@@ -37,7 +39,7 @@ class Explanation:
         head_dim_v_tile: that of V.
         smem_bytes: shared memory of a block.
         grid: blocks launched.
-        num_tiles: tiles of the output that they share.
+        num_tiles: tiles of the output that they share; of a packed batch, at most.
         scheduler: "static" or "dynamic".
         compiled: whether this build holds the instance.
         reason: why this tile.
@@ -80,8 +82,9 @@ def explain(
 ) -> Explanation:
     """Says which kernel a call would run, without running it.
 
-    `explain(q, k, v, ...)` is about `flash_attn_func`, `explain(quantized, ...)` about
-    `flash_attn_fp8_func` with a `Quantized`.
+    `explain(q, k, v, ...)` is about `flash_attn_func`, with cu_seqlens_q about
+    `flash_attn_varlen_func`, and `explain(quantized, ...)` about `flash_attn_fp8_func` with a
+    `Quantized`.
 
     Needs the compiled library but no GPU: the tensors may be on any device, "meta" among them.
 
@@ -97,6 +100,8 @@ def explain(
     """
     if isinstance(q, Quantized):
         return _explain_quantized(q, k, v, **arguments)
+    if "cu_seqlens_q" in arguments:
+        return _explain_varlen(q, k, v, **arguments)
     call = _SIGNATURE.bind(q, k, v, **arguments)
     call.apply_defaults()
     for name in _WITHOUT_EFFECT:
@@ -120,9 +125,29 @@ def explain(
     strides = (planned_strides(q), planned_strides(k), planned_strides(v))
     request = ops.problem(dtype, dims, strides, scalars)
     answer = json.loads(_library.load().explain_forward(*request))
+    return Explanation(**answer, copies=_copies(q, k, v))
+
+
+def _copies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[str, ...]:
     reasons = {name: copy_reason(tensor) for name, tensor in (("q", q), ("k", k), ("v", v))}
-    copies = tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    return Explanation(**answer, copies=copies)
+    return tuple(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+
+
+def _explain_varlen(q: torch.Tensor, k: Any, v: Any, **arguments: Any) -> Explanation:
+    # Those that are not needed may be left out.
+    arguments = {"max_seqlen_q": None, "max_seqlen_k": None, **arguments}
+    call = _VARLEN_SIGNATURE.bind(q, k, v, **arguments)
+    call.apply_defaults()
+    given = call.arguments
+    for name in _WITHOUT_EFFECT:
+        del given[name]
+    lengths = checks_varlen.Lengths(*(given.pop(name) for name in checks_varlen.Lengths._fields))
+    scalars = prepare(lengths=lengths, **given)
+    dtype, dims = checks_varlen.request(q, k, v, lengths, scalars)
+    strides = (planned_packed_strides(q), planned_packed_strides(k), planned_packed_strides(v))
+    request = ops_varlen.problem(dtype, dims, strides, scalars)
+    answer = json.loads(_library.load().explain_varlen(*request))
+    return Explanation(**answer, copies=_copies(q[None], k[None], v[None]))
 
 
 _QUANTIZED_SIGNATURE = inspect.signature(fp8.flash_attn_fp8_func)

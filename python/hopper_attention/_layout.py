@@ -10,6 +10,7 @@ import torch
 from torch._subclasses import FakeTensor
 
 Strides = tuple[int, int, int]  # of batch, sequence and head, in elements
+PackedStrides = tuple[int, int]  # of sequence and head
 
 _GRANULE = 16  # bytes
 _GRANULE_ELEMENTS = _GRANULE // 2
@@ -34,6 +35,18 @@ def planned_strides(tensor: torch.Tensor) -> Strides:
         return _legal_strides(tensor)
     seqlen, heads, head_dim = tensor.shape[1:]
     return seqlen * heads * head_dim, heads * head_dim, head_dim
+
+
+def packed_view(tensor: torch.Tensor) -> tuple[torch.Tensor, PackedStrides]:
+    """`kernel_view` of a tensor without a batch dimension."""
+    if copy_reason(tensor[None]) is not None:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor, _legal_strides(tensor[None])[1:]
+
+
+def planned_packed_strides(tensor: torch.Tensor) -> PackedStrides:
+    """The strides that `packed_view` would return, without the copy."""
+    return planned_strides(tensor[None])[1:]
 
 
 def copy_reason(tensor: torch.Tensor) -> str | None:

@@ -62,6 +62,19 @@ def attention_dims(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Dims:
         _fail("number of heads (dimension 2)", k=heads_kv, v=heads_v)
     if head_dim_k != head_dim:
         _fail("head dimension (dimension 3)", q=head_dim, k=head_dim_k)
+    belong_together(q, k, v, heads, heads_kv)
+    return batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v
+
+
+def belong_together(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, heads_kv: int
+) -> None:
+    """Checks what dense and packed batches share: groups of heads, one dtype, one device.
+
+    Raises:
+        ValueError: heads_kv does not divide heads, or a device does not fit.
+        TypeError: a dtype does not fit.
+    """
     if heads % heads_kv if heads_kv else heads:
         raise ValueError(
             f"heads of q must be a multiple of those of k and v, got q {heads}, k and v {heads_kv}"
@@ -72,7 +85,6 @@ def attention_dims(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Dims:
     device = q.device
     if k.device != device or v.device != device:
         raise ValueError(f"q, k and v must be on one device, got {device}, {k.device}, {v.device}")
-    return batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v
 
 
 def kernel_limits(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> int:

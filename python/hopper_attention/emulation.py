@@ -249,10 +249,17 @@ def kernel_tile(
 
 
 def kernel_row(
-    dtype: torch.dtype | str, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
+    dtype: torch.dtype | str,
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_k: int,
+    *,
+    masked: bool,
+    packed: bool = False,
 ) -> dict[str, Any]:
-    """The row of tiles.json that `kernel_tile` finds."""
+    """The row of tiles.json that `kernel_tile` finds; with `packed` that of packed batches."""
     name, kind = str(dtype).removeprefix("torch."), "masked" if masked else "full"
+    kind = "packed" if packed else kind
     rows = [
         row
         for row in _tiles()

@@ -18,9 +18,13 @@ with Attention Sinks" (arXiv:2309.17453).
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from . import checks
+from ._sequences import attend_to_each
+from .checks_varlen import Lengths
 
 _MAX_SCORES = 2**24  # of float64 held at a time, a few times over: 128 MiB each
 
@@ -91,6 +95,54 @@ def attention(
     out = torch.cat([out for out, _ in chunks], dim=2)
     lse = torch.cat([lse for _, lse in chunks], dim=2)
     return out.transpose(1, 2).contiguous(), lse
+
+
+def varlen_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    seqused_q: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] | None = (-1, -1),
+    softcap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attention` of each sequence of a packed batch; autograd passes through it.
+
+    Args:
+        q: (total_q, heads, head_dim), any floating-point dtype.
+        k: (total_k, heads_kv, head_dim); heads_kv divides heads.
+        v: (total_k, heads_kv, head_dim_v).
+        cu_seqlens_q: (batch + 1,) int32, rising from 0 to at most total_q: sequence i has rows
+            cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q.
+        cu_seqlens_k: likewise of k and v.
+        seqused_q: (batch,) int32, how many of its rows of q a sequence uses; None is all.
+        seqused_k: likewise of k and v.
+        softmax_scale: as in `attention`, and so are the other arguments.
+        causal: likewise.
+        window_size: likewise.
+        softcap: likewise.
+
+    Returns:
+        out (total_q, heads, head_dim_v) and lse (heads, total_q), both float64. Rows that see no
+        key or that no sequence uses have out 0 and lse -inf.
+
+    Raises:
+        ValueError: a shape, device, length or number is not allowed.
+        TypeError: a type or dtype is not allowed.
+    """
+    attend = partial(
+        attention,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        softcap=softcap,
+    )
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    return attend_to_each(attend, q, k, v, lengths)
 
 
 def visible(positions: torch.Tensor, seqlen_k: int, left: int, right: int) -> torch.Tensor:

@@ -65,11 +65,35 @@ def test_prepare_backward_raises_what_the_library_says():
         _library.load().prepare_backward(*backward_arguments(dtype=2))
 
 
+def varlen_arguments(heads_kv=2, dtype=1):
+    sizes = (3, 64, 64, 2, heads_kv, 64, 64)
+    return (dtype, *sizes, *[STRIDES[1:]] * 4, 0.125, 0.0, True, -1, 0, 0)
+
+
+def test_a_prepared_call_of_a_packed_batch_takes_eleven_addresses():
+    call, workspace_bytes = _library.load().prepare_varlen(*varlen_arguments())
+    assert workspace_bytes >= 4 * 32
+    with pytest.raises(TypeError, match="takes 11 addresses, got 7"):
+        call(*range(7))
+    with pytest.raises(OverflowError):
+        call(*[16] * 10, -1)
+
+
+def test_a_packed_batch_raises_what_the_library_says():
+    library = _library.load()
+    with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
+        library.explain_varlen(*varlen_arguments(heads_kv=3))
+    with pytest.raises(NotImplementedError, match="packed batches are float16 or bfloat16"):
+        library.prepare_varlen(*varlen_arguments(dtype=2))[0](*[16] * 11)
+    assert '"instance": "bf16_d64_packed"' in library.explain_varlen(*varlen_arguments())
+
+
 def test_instances_of_both_passes_are_listed():
     names = _library.load().instances()
     assert names
     assert len(set(names)) == len(names)
-    kinds = re.compile(r"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d\d+(x\d+)?_(full|masked)")
+    masks = "full|masked|packed|capped"
+    kinds = re.compile(rf"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d\d+(x\d+)?_({masks})")
     assert [name for name in names if not kinds.fullmatch(name)] == []
 
 

@@ -38,7 +38,7 @@ class Instance:
         dtype: As the C++ side names it, a torch dtype's name where there is one.
         head_dim: Columns of Q and K.
         head_dim_v: Columns of V.
-        mask: "full" or "masked".
+        mask: "full", "masked" or "packed".
         chosen: What config.h chooses.
     """
 

@@ -61,8 +61,11 @@ def problems(
         mask: "full" or "causal"; None takes what the kernel is for.
 
     Raises:
-        ValueError: A length is not positive, or the kernel cannot mask.
+        ValueError: A length is not positive, or the kernel cannot mask or serves packed batches.
     """
+    if instance.mask == "packed":
+        alike = instance.name.replace("packed", "masked")
+        raise ValueError(f"{instance.name} has the config of {alike}, which can be timed")
     mask = mask or ("full" if instance.mask == "full" else "causal")
     if mask == "causal" and instance.mask == "full":
         raise ValueError(f"{instance.name} computes no causal mask: mask must be full")
