@@ -38,7 +38,7 @@ constexpr BackwardInstance kBackwardInstances[] = {
 // The fewest keys of a request that a row serves; one with fewer runs in the masked row.
 int min_keys(const ForwardKey& key) {
   const bool short_too = tile_mask(key.dtype, key.head_dim, true, 0) == MaskKind::kFull;
-  return key.mask == MaskKind::kMasked || short_too ? 0 : kShortKeys + 1;
+  return key.mask != MaskKind::kFull || short_too ? 0 : kShortKeys + 1;
 }
 
 void write_row(std::FILE* file, const Instance& instance, bool last) {

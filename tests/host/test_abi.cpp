@@ -90,6 +90,24 @@ void explain_writes_json_and_respects_the_buffer() {
         HOPPER_ATTENTION_INVALID_ARGUMENT);
 }
 
+void packed_batches_say_what_they_need() {
+  check::context = "packed";
+  CHECK(hopper_attention_packed_workspace_bytes(-1, 1) == 0);
+  CHECK(hopper_attention_packed_workspace_bytes(1, -1) == 0);
+  const size_t bytes = hopper_attention_packed_workspace_bytes(1000, 7);
+  CHECK(bytes > 0 && bytes <= 32 * (1000 / 128 + 7) + 512);
+  Call call;
+  call.args.packed = 1;
+  std::string text(2048, '?');
+  CHECK(hopper_attention_explain_forward(&call.args, text.data(), text.size()) ==
+        HOPPER_ATTENTION_OK);
+  check::context = text.c_str();
+  CHECK(text.find("\"instance\": \"bf16_d128_packed\"") != std::string::npos);
+  call.args.dtype = HOPPER_ATTENTION_E4M3;
+  CHECK(hopper_attention_forward(&call.args) == HOPPER_ATTENTION_NOT_SUPPORTED);
+  CHECK(mentions("packed"));
+}
+
 void the_quantizer_speaks_the_same_language() {
   hopper_attention_quantize_args args{};
   args.struct_size = sizeof(args);
@@ -148,6 +166,7 @@ int main() {
   bad_arguments_are_named();
   older_callers_keep_working();
   explain_writes_json_and_respects_the_buffer();
+  packed_batches_say_what_they_need();
   the_quantizer_speaks_the_same_language();
   the_backward_pass_speaks_the_same_language();
   it_knows_what_it_is();

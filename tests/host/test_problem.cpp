@@ -1,4 +1,5 @@
 // hopper/forward/problem.cpp: refusals name the field and its value; plans are what was asked.
+#include <algorithm>
 #include <climits>
 #include <cmath>
 #include <limits>
@@ -66,6 +67,12 @@ void shapes_are_refused_by_name_and_value() {
   const auto unsupported = HOPPER_ATTENTION_NOT_SUPPORTED;
   refuses("head_dim_v is 136", unsupported, [](Args& a) { a.head_dim_v = 136; });
   refuses("head_dim is 256", unsupported, [](Args& a) { a.head_dim = 256; });
+  refuses("packed is 2", invalid, [](Args& a) { a.packed = 2; });
+  refuses("batch is 1073741824", invalid, [](Args& a) { a.packed = 1, a.batch = 1 << 30; });
+  refuses("not e4m3", unsupported, [](Args& a) { a.packed = 1, a.dtype = 2; });
+  static const std::int32_t lengths[3] = {};
+  refuses("packed is 0", invalid, [](Args& a) { a.cu_seqlens_q = lengths; });
+  refuses("packed is 0", invalid, [](Args& a) { a.seqused_k = lengths; });
 }
 
 // Every multiple of 8 up to 256, and every mixed pair that abi.h allows, has a row.
@@ -135,6 +142,43 @@ void tensors_are_refused_by_name() {
   refuses_tensor("q_stride_seq is 1028", [](Args& a) { a.q_stride_seq = 1028; });
   refuses_tensor("k_stride_head is -128", [](Args& a) { a.k_stride_head = -128; });
   refuses_tensor("out_stride_batch", [](Args& a) { a.out_stride_batch = std::int64_t{1} << 40; });
+}
+
+// 300 query rows and 500 keys in two sequences.
+Args packed_tensors(Tensors& tensors) {
+  static const std::int32_t cu_seqlens[3] = {};
+  Args args = valid_tensors(tensors);
+  args.packed = 1;
+  args.cu_seqlens_q = args.cu_seqlens_k = cu_seqlens;
+  return args;
+}
+
+template <class Change>
+void refuses_packed(const char* text, Change change) {
+  Tensors tensors;
+  Args args = packed_tensors(tensors);
+  args.q_stride_batch = 3;  // never taken
+  check::context = "unchanged, packed";
+  CHECK(check_forward_tensors(args).ok());
+  change(args);
+  const Status status = check_forward_tensors(args);
+  check::context = std::string("\"") + text + "\" in: " + status.message;
+  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(status.message.find(text) != std::string::npos);
+}
+
+const std::int32_t* odd_address(const void* data) {
+  return reinterpret_cast<const std::int32_t*>(static_cast<const char*>(data) + 2);
+}
+
+void tensors_of_packed_batches_are_refused_by_name() {
+  refuses_packed("cu_seqlens_q is null", [](Args& a) { a.cu_seqlens_q = nullptr; });
+  refuses_packed("cu_seqlens_k is null", [](Args& a) { a.cu_seqlens_k = nullptr; });
+  refuses_packed("cu_seqlens_k is not", [](Args& a) { a.cu_seqlens_k = odd_address(a.q); });
+  refuses_packed("seqused_q is not", [](Args& a) { a.seqused_q = odd_address(a.q); });
+  refuses_packed("workspace is null or not aligned to 16",
+                 [](Args& a) { a.workspace = static_cast<char*>(a.workspace) + 8; });
+  refuses_packed("q_stride_seq is 1028", [](Args& a) { a.q_stride_seq = 1028; });
 }
 
 void what_is_never_read_is_not_checked() {
@@ -211,15 +255,39 @@ void the_grid_is_the_device_less_the_margin_or_the_tiles() {
   CHECK(plan.grid == (300 + plan.config.tile_m() - 1) / plan.config.tile_m());
 }
 
+void packed_batches_have_kernels_of_their_own() {
+  Args args = valid_args();
+  args.packed = 1;
+  for (int causal : {0, 1}) {
+    for (int batch : {0, 2, 1000}) {
+      check::context = "packed, " + std::to_string(batch) + " sequences";
+      args.causal = causal;
+      args.batch = batch;
+      const ForwardPlan plan = plan_of(args);
+      CHECK(plan.key.mask == MaskKind::kPacked);
+      CHECK(plan.mask.seqlen_q == 300 && plan.mask.seqlen_k == 500);
+      CHECK(plan.mask.full() == (causal == 0));
+      // Each sequence, and what lies behind the last one, may end in a tile of its own.
+      CHECK(plan.num_tiles == (300 / plan.config.tile_m() + batch + 1) * args.heads);
+      CHECK(plan.grid == std::min(132, plan.num_tiles));
+      CHECK(plan.packed_order.heads == args.heads);
+    }
+  }
+}
+
 void too_many_tiles_are_refused() {
   Args args = valid_args();
   args.seqlen_q = kMaxLength;
   args.batch = 1 << 16;
   ForwardPlan plan;
-  const Status status = plan_forward(args, 132, &plan);
-  check::context = status.message;
-  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
-  CHECK(status.message.find("seqlen_q") != std::string::npos);
+  for (int packed : {0, 1}) {
+    args.packed = packed;
+    args.heads = args.heads_kv = packed ? 1 << 8 : 8;
+    const Status status = plan_forward(args, 132, &plan);
+    check::context = status.message;
+    CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
+    CHECK(status.message.find("seqlen_q") != std::string::npos);
+  }
 }
 
 }  // namespace
@@ -228,9 +296,11 @@ int main() {
   shapes_are_refused_by_name_and_value();
   every_allowed_head_dim_finds_an_instance();
   tensors_are_refused_by_name();
+  tensors_of_packed_batches_are_refused_by_name();
   what_is_never_read_is_not_checked();
   plain_scores_take_the_kernel_without_a_mask();
   the_grid_is_the_device_less_the_margin_or_the_tiles();
+  packed_batches_have_kernels_of_their_own();
   too_many_tiles_are_refused();
   return check::result();
 }

@@ -30,6 +30,11 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "bf16_d256_full": OUTSIDE_THE_LOOP,
     "fp16_d256_masked": OUTSIDE_THE_LOOP,
     "bf16_d256_masked": OUTSIDE_THE_LOOP,
+    **{
+        f"{dtype}_d{dims}_packed": OUTSIDE_THE_LOOP
+        for dtype in ("fp16", "bf16")
+        for dims in ("128", "192x128", "192", "256")
+    },
     "e4m3_d128_masked": IN_THE_LOOP,
     "e4m3_d192_masked": TRANSPOSING,
     "e4m3_d256_full": IN_THE_LOOP,
@@ -45,6 +50,7 @@ OTHER_KERNELS = {
     "preprocess": "backward_preprocess.cu.log",
     "sink": "backward_sink.cu.log",
     "convert": "backward_convert.cu.log",
+    "list_tiles": "forward_list_tiles.cu.log",
 }
 # ptxas's advisories that do no harm here, by number, each with the reason.
 EXPLAINED_ADVISORIES: dict[str, str] = {}
