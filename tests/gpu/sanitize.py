@@ -5,9 +5,10 @@
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
-forward pass, with sums in any order and in a fixed one, and with a sink. The quantizer runs by its
-tile, dtype and kind of recipe. On the device there is nothing but copies and our kernels: inputs
-are made, and outputs looked at, on the CPU.
+forward pass, with sums in any order and in a fixed one, and with a sink. Packed kernels run on
+sequences of several lengths, none among them. The quantizer runs by its tile, dtype and kind of
+recipe. On the device there is nothing but copies and our kernels: inputs are made, and outputs
+looked at, on the CPU.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
     "masked": [{"causal": True}, {"window_size": (70, 20)}, {"softcap": 20.0}],
 }
+# Of packed batches: query rows, keys, and how many of these are used. Every row sees a key.
+PACKED_LENGTHS = ((70, 0, 197, 1), (333, 7, 197, 2), (300, 0, 197, 1))
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 FP8_MASKED = {"causal": True}
 # each beside options that a masked kernel serves
@@ -67,7 +70,7 @@ class Instance:
 def parse(name: str) -> Instance:
     """Reads a name such as bf16_d192x128_full, e4m3fast_d64_masked or backward_fp16_d64_full."""
     match = re.fullmatch(
-        r"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d(\d+)(?:x(\d+))?_(full|masked)", name
+        r"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d(\d+)(?:x(\d+))?_(full|masked|packed)", name
     )
     if match is None:
         raise ValueError(f"cannot read the instance's name {name!r}")
@@ -106,6 +109,8 @@ def run(name: str) -> None:
         return run_fp8(name, instance)
     if instance.backward:
         return run_backward(name, instance, instance.dtype)
+    if instance.mask == "packed":
+        return run_packed(name, instance, instance.dtype)
     mask = instance.mask
     on_cpu = draw(instance.dtype, SEQLEN_K[mask], instance.head_dim, instance.head_dim_v)
     q, k, v = (x.cuda() for x in on_cpu)
@@ -115,6 +120,24 @@ def run(name: str) -> None:
         result = hopper_attention.flash_attn_func(q, k, v, return_attn_probs=True, **options)
         check(f"{name} {options}", result)
     return None
+
+
+def run_packed(name: str, instance: Instance, dtype: torch.dtype) -> None:
+    """Runs one instance of packed batches, with and without a list of used keys."""
+    rows, keys, used = (torch.tensor(x, dtype=torch.int32) for x in PACKED_LENGTHS)
+    q, k, v = draw(dtype, int(keys.sum()), instance.head_dim, instance.head_dim_v)
+    lengths = {
+        f"cu_seqlens_{side}": torch.nn.functional.pad(x.cumsum(0, dtype=torch.int32), (1, 0)).cuda()
+        for side, x in (("q", rows), ("k", keys))
+    }
+    tensors = [x.cuda() for x in (q.flatten(0, 1)[: int(rows.sum())], k[0], v[0])]
+    for options in OPTIONS["full"] + OPTIONS["masked"]:
+        for seqused_k in (None, used.cuda()):
+            call = {**lengths, "seqused_k": seqused_k, **options}
+            plan = hopper_attention.explain(*tensors, **call)
+            assert plan.instance == name, f"{name}: {plan.instance} ran with {options}"
+            call |= {"max_seqlen_q": None, "max_seqlen_k": None, "return_attn_probs": True}
+            check(f"{name} {options}", hopper_attention.flash_attn_varlen_func(*tensors, **call))
 
 
 def run_backward(name: str, instance: Instance, dtype: torch.dtype) -> None:
