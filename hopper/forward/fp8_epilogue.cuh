@@ -18,15 +18,16 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::Shared
   float total[kRowsPerThread], factor[kRowsPerThread];
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
-    auto add = [](float a, float b) { return a + b; };
-    if constexpr (Traits::kOnes) {
+    if constexpr (Traits::kSumsInO) {
       total[r] = rO(kSize + 2 * r);  // each of the ones' columns has it
+    } else if constexpr (Traits::kOnes) {
+      total[r] = softmax.sum[r];
     } else {
-      total[r] = quad_reduce(softmax.sum[r], add);
+      total[r] = quad_reduce(softmax.sum[r], [](float a, float b) { return a + b; });
     }
     if constexpr (Traits::kTokenSums) {
       if (scales.v_token_factor != nullptr) {
-        total[r] = quad_reduce(shared.row_sums[consumer][row_sum_index(r)], add);
+        total[r] = shared.row_sums[consumer][row_in_consumer(r)];
       }
     }
   }
@@ -99,12 +100,17 @@ CUTE_DEVICE void store_fp8_output(ForwardParams const& params,
                                   WorkTile tile, int first_row, int consumer, int thread) {
   using namespace cute;
   const bool leader = thread == 0;
-  half_t* buffer = shared.o(consumer);
+  const bool on_q = Traits::o_on_q(params.v_transposed);
+  half_t* buffer = shared.o(consumer, params.v_transposed);
   for_each(make_int_sequence<Traits::kORounds>{}, [&](auto round) {
     // The buffer is free when the last round's O has left it (and, where O lies on Q, when every
     // warp has multiplied with Q for the last time).
-    if (leader) tma_store_wait<0>();
-    sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+    if (on_q || decltype(round)::value == 0) {
+      if (leader) tma_store_wait<0>();
+      sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+    } else {
+      buffer += Traits::kRoundElements;  // there is room for all rounds
+    }
     constexpr int kFirst = decltype(round)::value * Traits::kRoundColumns / 2;
     if (params.out_float16) {
       stage_round<Traits, half_t>(rO, kFirst, buffer, thread);
@@ -122,7 +128,7 @@ CUTE_DEVICE void store_fp8_output(ForwardParams const& params,
     }
     tma_store_arrive();
   });
-  if constexpr (Traits::kOverlayO) {
+  if (on_q) {
     if (!leader) return;
     tma_store_wait<0>();  // read, not yet written: Q may come
     shared.barriers.q_empty[consumer].arrive();

@@ -12,6 +12,18 @@ namespace hopper_attention {
 template <class Traits>
 inline constexpr float kSlack = Traits::kOnes ? kMaximumSlack : 0.0f;
 
+// 2^x within 0.3%, a twentieth of e4m3's half step, by a polynomial of degree 2 (least squares, of
+// mean 0) on the FMA pipes. NaN stays NaN; x below -126 counts as -126.
+CUTE_DEVICE float exp2_by_fma(float x) {
+  float y;
+  asm("max.NaN.f32 %0, %1, 0fC2FC0000;" : "=f"(y) : "f"(x));
+  constexpr float kRound = 0x1.8p23f + 127.0f;  // brings n + 127 to the lowest bits
+  const float shifted = y + kRound;
+  const float fraction = y - (shifted - kRound);  // -1/2 to 1/2
+  const float power = fmaf(fmaf(0.23734945f, fraction, 0.70128172f), fraction, 1.0003517f);
+  return power * __int_as_float(__float_as_int(shifted) << 23);
+}
+
 template <class Traits>
 struct Fp8Softmax {
   float multiplier[kRowsPerThread] = {};  // from a block's raw scores to base-2 exponents
@@ -70,11 +82,13 @@ struct Fp8Softmax {
   // S -> P = exp2(multiplier * S - subtrahend) in place for one row, and P's sum where O has none.
   template <class Scores>
   CUTE_DEVICE void exponentiate(Scores& s, int row) {
+    constexpr int kEvery = Traits::kConfig.exp2_by_fma > 0 ? Traits::kConfig.exp2_by_fma : 1 << 30;
     float block_sum = 0.0f;
     CUTE_UNROLL
     for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
       const int i = fragment_index(row, j);
-      s(i) = exp2f(fmaf(s(i), multiplier[row], -subtrahend[row]));
+      const float x = fmaf(s(i), multiplier[row], -subtrahend[row]);
+      s(i) = j % kEvery == kEvery - 1 ? exp2_by_fma(x) : exp2f(x);
       if constexpr (!Traits::kOnes) block_sum += s(i);
     }
     if constexpr (!Traits::kOnes) sum[row] = fmaf(sum[row], alpha[row], block_sum);
@@ -168,17 +182,33 @@ CUTE_DEVICE bool scales_each_key(ForwardParams const& params) {
 // A product of tiny scales must not vanish: 0 times a masked score's -inf would be NaN.
 CUTE_DEVICE float positive(float scale) { return fmaxf(scale, 1.17549435e-38f); }
 
-// Multiplies column by column; factors: one a key from the block's first, keys of them exist.
-template <class Scores>
-CUTE_DEVICE void scale_columns(Scores& s, const float* factors, int keys) {
-  const int first = threadIdx.x % 4 * 2;
-  CUTE_UNROLL
-  for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
-    const int column = first + fragment_column(fragment_index(0, j));
-    const float factor = column < keys ? __ldg(factors + column) : 1.0f;
+// The factors of one key block, shared out over the lanes of a warp: lane l has those of keys l,
+// 32 + l and so on, and a shuffle brings them where they are used. That is four loads a thread, all
+// under way at once, where each thread loading what it needs would take 32 and their addresses.
+template <int kKeys>
+struct KeyFactors {
+  float part[kKeys / 32];
+
+  // factors: one a key from the block's first, keys of them exist. Null: 1 for all.
+  CUTE_DEVICE KeyFactors(const float* factors, int keys) {
     CUTE_UNROLL
-    for (int r = 0; r < kRowsPerThread; ++r) s(fragment_index(r, j)) *= factor;
+    for (int i = 0; i < kKeys / 32; ++i) {
+      const int key = 32 * i + threadIdx.x % 32;
+      part[i] = factors != nullptr && key < keys ? __ldg(factors + key) : 1.0f;
+    }
   }
-}
+
+  template <class Scores>
+  CUTE_DEVICE void scale_columns(Scores& s) const {
+    const int first = threadIdx.x % 4 * 2;
+    CUTE_UNROLL
+    for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
+      const int column = fragment_column(fragment_index(0, j));
+      const float factor = __shfl_sync(0xffffffff, part[column / 32], first + column % 32);
+      CUTE_UNROLL
+      for (int r = 0; r < kRowsPerThread; ++r) s(fragment_index(r, j)) *= factor;
+    }
+  }
+};
 
 }  // namespace hopper_attention

@@ -24,16 +24,19 @@ struct Fp8Traits {
   static constexpr bool kOnes = sums_by_ones(kConfig);
   static constexpr bool kMayTranspose = may_transpose(kConfig);
   static constexpr bool kTokenSums = keeps_row_sums(kConfig);
-  static constexpr int kRowSums = kRowSumFloats;
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
+  static constexpr bool kRawHoldsO = raw_holds_o(kConfig);
   static constexpr int kORounds = o_rounds(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
   static constexpr int kSlab = slab_columns(kHeadDim, 1);  // of Q, K and rows of V
   static constexpr int kSlabO = slab_columns(kHeadDimV, 2);
   static constexpr int kParts = kConfig.v_parts;
   static constexpr int kOnesColumns = kOnes ? kOnesRows : 0;
-  static constexpr int kPartColumns = kHeadDimV / kParts + kOnesColumns;  // of P V, ones included
-  static constexpr int kVRows = kHeadDimV + kOnesColumns;                 // of V transposed
+  static constexpr int kPartColumns = kHeadDimV / kParts;  // of P V
+  static constexpr int kLastColumns = kPartColumns + kOnesColumns;
+  static constexpr bool kSumsInO = kOnes && kParts == 1;  // else the softmax keeps them
+  static constexpr int kOColumns = kHeadDimV + (kSumsInO ? kOnesColumns : 0);
+  static constexpr int kVRows = kHeadDimV + kOnesColumns;  // of V transposed
 
   using M = cute::Int<kConsumerRows>;
   using N = cute::Int<kTileN>;
@@ -51,15 +54,25 @@ struct Fp8Traits {
   // V as the second product reads it: channels, then the row of ones, each with contiguous keys.
   using LayoutVt = decltype(cute::tile_to_shape(
       AtomK<kTileN>{}, cute::Shape<cute::Int<kVRows>, N, cute::Int<kStages>>{}));
+  // The channels of the last part and the ones, from their first on.
+  using LayoutLastStage =
+      decltype(cute::tile_to_shape(AtomK<kTileN>{}, cute::Shape<cute::Int<kLastColumns>, N>{}));
+  using LayoutLastVt = decltype(cute::make_composed_layout(
+      LayoutLastStage{}.layout_a(), LayoutLastStage{}.offset(),
+      cute::append(LayoutLastStage{}.layout_b(),
+                   cute::Layout<cute::Int<kStages>, cute::Int<kTileN * kVRows>>{})));
   // V as rows of tokens, which wait to be transposed.
   using LayoutRaw =
       decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<N, Dv, cute::Int<kRawStages>>{}));
 
   using MmaQK = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<M, N, D>>()));
-  using MmaPV = decltype(cute::make_tiled_mma(
+  template <int columns>
+  using MmaPVOf = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float,
-                                 cute::Shape<M, cute::Int<kPartColumns>, N>>()));
+                                 cute::Shape<M, cute::Int<columns>, N>>()));
+  using MmaPart = MmaPVOf<kPartColumns>;
+  using MmaPV = MmaPVOf<kLastColumns>;  // the last part's, which may be all
 
   // Columns of O that leave at a time, in 16 bits.
   static constexpr int kRoundColumns = kHeadDimV / kORounds;
@@ -67,6 +80,11 @@ struct Fp8Traits {
   static constexpr int kRoundElements = kConsumerRows * kRoundColumns;
   static constexpr int kKElements = kTileN * kHeadDim;  // one stage's
   static constexpr int kVElements = kTileN * kVRows;
+
+  // Whether O leaves by way of Q, which is not free before.
+  CUTE_HOST_DEVICE static constexpr bool o_on_q(bool v_transposed) {
+    return kOverlayO && !(kRawHoldsO && v_transposed);
+  }
 
   struct Barriers {
     FullBarrier q_full[kConsumers];
@@ -88,12 +106,16 @@ struct Fp8Traits {
     Element raw[kMayTranspose ? kRawStages : 0][kTileN * kHeadDimV];
     Element q[kConsumers][kQElements];
     // Row sums of P where V's tokens have scales, which the row of ones would take in.
-    float row_sums[kTokenSums ? kConsumers : 0][kRowSums];
+    float row_sums[kTokenSums ? kConsumers : 0][kConsumerRows];
     cute::half_t o_own[kOverlayO ? 0 : kConsumers][kRoundElements];
     Barriers barriers;
 
-    CUTE_DEVICE cute::half_t* o(int consumer) {
-      if constexpr (kOverlayO) return reinterpret_cast<cute::half_t*>(q[consumer]);
+    // v_transposed: no V waits to be transposed, and its buffers may hold O.
+    CUTE_DEVICE cute::half_t* o(int consumer, bool v_transposed) {
+      if constexpr (kOverlayO) {
+        if (o_on_q(v_transposed)) return reinterpret_cast<cute::half_t*>(q[consumer]);
+        return reinterpret_cast<cute::half_t*>(raw[0]) + consumer * kConsumerRows * kHeadDimV;
+      }
       return o_own[consumer];
     }
   };

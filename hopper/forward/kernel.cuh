@@ -12,12 +12,13 @@
 namespace hopper_attention {
 
 // transposers: warps that turn rows of V into columns, none where V comes as the product wants it.
+// o_on_q: the thread that sends O releases Q, instead of the warps that multiply with it.
 template <class Traits>
-CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transposers) {
+CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transposers, bool o_on_q) {
   constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
   for (int i = 0; i < Traits::kConsumers; ++i) {
     barriers.q_full[i].init(1);
-    barriers.q_empty[i].init(Traits::kOverlayO ? 1 : kWarpgroupWarps);
+    barriers.q_empty[i].init(o_on_q ? 1 : kWarpgroupWarps);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     barriers.k_full[i].init(1);
@@ -72,10 +73,11 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
   const int first_row = message.tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows;
   float lse[kRowsPerThread];
   if constexpr (Traits::kFp8) {
-    constexpr int kColumns = Traits::kPartColumns * Traits::kParts;
+    // MmaPV's registers of O, or those of as many MmaPart as O has parts.
+    using Mma =
+        cute::conditional_t<Traits::kParts == 1, typename Traits::MmaPV, typename Traits::MmaPart>;
     Fp8Softmax<Traits> softmax;
-    Tensor rO =
-        partition_fragment_C(typename Traits::MmaPV{}, Shape<typename Traits::M, Int<kColumns>>{});
+    Tensor rO = partition_fragment_C(Mma{}, Shape<typename Traits::M, Int<Traits::kOColumns>>{});
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
     const TileMessage done = sink.tile(shared.barriers);
@@ -141,7 +143,9 @@ __global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.v);
     cute::prefetch_tma_descriptor(&params.out);
     const bool transpose = Traits::kMayTranspose && !params.v_transposed;
-    init_barriers<Traits>(shared.barriers, transpose ? kTransposeWarps : 0);
+    bool o_on_q = Traits::kOverlayO;
+    if constexpr (Traits::kFp8) o_on_q = Traits::o_on_q(params.v_transposed);
+    init_barriers<Traits>(shared.barriers, transpose ? kTransposeWarps : 0, o_on_q);
   }
   if constexpr (Traits::kFp8) {
     if constexpr (Traits::kOnes) write_ones<Traits>(shared);

@@ -34,10 +34,10 @@ constexpr int num_threads(const ForwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
 
-// Where e4m3 blocks are folded in float32 and P V is not cut into parts, a row of ones beside V's
-// channels has the tensor cores sum the rows of P.
+// Where e4m3 blocks are folded in float32, a row of ones behind V's channels has the tensor cores
+// sum the rows of P. Where P V is cut into parts it belongs to the last one.
 constexpr bool sums_by_ones(const ForwardConfig& config) {
-  return config.key.dtype == Dtype::kE4M3 && config.v_parts == 1;
+  return config.key.dtype == Dtype::kE4M3;
 }
 // Whether V may come as rows of tokens and be transposed here: 8-bit operands must lie along K.
 constexpr bool may_transpose(const ForwardConfig& config) {
@@ -48,9 +48,8 @@ constexpr bool may_transpose(const ForwardConfig& config) {
 constexpr bool keeps_row_sums(const ForwardConfig& config) {
   return sums_by_ones(config) && config.key.mask == MaskKind::kMasked;
 }
-inline constexpr int kRowSumFloats = 2 * kWarpgroupThreads;  // a consumer's
 constexpr int row_sum_bytes(const ForwardConfig& config) {
-  return keeps_row_sums(config) ? config.num_consumers * kRowSumFloats * 4 : 0;
+  return keeps_row_sums(config) ? config.tile_m() * 4 : 0;
 }
 
 constexpr int q_bytes(const ForwardConfig& config) {
@@ -96,7 +95,8 @@ constexpr int round_up(int value, int multiple) {
 }
 
 // O leaves through shared memory. It has its own where there is room, so that the next tile's Q can
-// arrive while O leaves; else a consumer's O overwrites that consumer's Q.
+// arrive while O leaves; else a consumer's O overwrites that consumer's Q, or, where V comes
+// transposed, the buffers in which it would be.
 constexpr bool o_overlays_q(const ForwardConfig& config) {
   const int separate = kv_bytes(config) + q_bytes(config) + o_bytes(config);
   return round_up(separate + barrier_bytes(config), kSharedAlignment) > kMaxSharedBytes;
@@ -106,6 +106,10 @@ constexpr int shared_bytes(const ForwardConfig& config) {
   const int tensors =
       kv_bytes(config) + q_bytes(config) + (o_overlays_q(config) ? 0 : o_bytes(config));
   return round_up(tensors + barrier_bytes(config), kSharedAlignment);
+}
+
+constexpr bool raw_holds_o(const ForwardConfig& config) {
+  return o_overlays_q(config) && raw_bytes(config) >= o_bytes(config);
 }
 
 // O that overlays Q leaves in as many rounds as it is larger.
@@ -119,9 +123,10 @@ constexpr int fragment_registers(const ForwardConfig& config) {
   const int s = accumulator_registers(config.tile_n);
   const int p = s * element_bytes(config.key.dtype) / 4;
   const int ones = sums_by_ones(config) ? accumulator_registers(kOnesRows) : 0;
-  const int o = accumulator_registers(config.key.head_dim_v) + ones;
-  if (config.key.dtype != Dtype::kE4M3) return s + p + o;
-  const int part = o / config.v_parts;  // of one block's P V
+  const int channels = accumulator_registers(config.key.head_dim_v);
+  if (config.key.dtype != Dtype::kE4M3) return s + p + channels;
+  const int part = channels / config.v_parts + ones;          // of one block's P V
+  const int o = channels + (config.v_parts == 1 ? ones : 2);  // or the sums of a thread's two rows
   if (config.overlap_products) return s + p + o + part;
   return o + (s > p + part ? s : p + part);
 }
@@ -134,7 +139,11 @@ constexpr const char* config_error(const ForwardConfig& config) {
     return "tile_n: a multiple of 16, at most 256";
   const bool fp8 = is_fp8(config.key.dtype);
   if (fp8 && config.tile_n != 64 && config.tile_n != 128) return "tile_n: 64 or 128 in e4m3";
-  if (!fp8 && (config.v_parts != 1 || !config.overlap_products)) return "a choice of e4m3 alone";
+  const bool fp8_choice =
+      config.v_parts != 1 || !config.overlap_products || config.exp2_by_fma != 0;
+  if (!fp8 && fp8_choice) return "a choice of e4m3 alone";
+  if (config.exp2_by_fma < 0 || config.exp2_by_fma > config.tile_n / 4)
+    return "exp2_by_fma: 0 to the exponentials of a row in a thread";
   if (config.ping_pong && config.exp_turns) return "one kind of turns";
   if (config.overlap_products && config.v_parts != 1) return "parts and overlap of products";
   if (config.key.head_dim_v % (8 * config.v_parts) != 0) return "v_parts must divide head_dim_v";

@@ -78,13 +78,13 @@ int tensor_bytes(const ForwardConfig& config) {
     total += config.key.head_dim * bytes;
     if (!o_overlays_q(config)) total += config.key.head_dim_v * 2;
   }
-  const bool ones = config.key.dtype == Dtype::kE4M3 && config.v_parts == 1;
+  const bool ones = config.key.dtype == Dtype::kE4M3;
   const bool masked_fp8 = is_fp8(config.key.dtype) && config.key.mask == MaskKind::kMasked;
   for (int key = 0; key < config.tile_n; ++key) {
     total += config.stages * bytes * (config.key.head_dim + config.key.head_dim_v + (ones ? 8 : 0));
     if (masked_fp8) total += 2 * config.key.head_dim_v;
   }
-  if (ones && masked_fp8) total += config.num_consumers * 128 * 2 * 4;  // two rows a thread
+  if (ones && masked_fp8) total += config.num_consumers * 64 * 4;  // a float a row
   return total;
 }
 

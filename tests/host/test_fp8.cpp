@@ -306,13 +306,17 @@ void configs_fit_the_scales_and_the_accumulator() {
     const ForwardConfig config = make_forward_config(row.key);
     CHECK(kScaleTokens % config.tile_n == 0);
     const bool folds = row.key.dtype == Dtype::kE4M3;
-    CHECK(sums_by_ones(config) == (folds && config.v_parts == 1));
+    CHECK(sums_by_ones(config) == folds);
     CHECK(keeps_row_sums(config) == (sums_by_ones(config) && row.key.mask == MaskKind::kMasked));
     CHECK(may_transpose(config) == (row.key.mask == MaskKind::kMasked));
     // WGMMA's N is a multiple of 8 and at most 256, ones included.
     const int ones = sums_by_ones(config) ? kOnesRows : 0;
     const int columns = config.key.head_dim_v / config.v_parts + ones;
     CHECK(config.key.head_dim_v % config.v_parts == 0 && columns % 8 == 0 && columns <= 256);
+    // The last part and the ones lie behind whole groups of 8 rows, of which swizzled V consists.
+    CHECK((columns - ones) % 8 == 0);
+    // A thread has a quarter of a row's exponentials, which the polynomial's share divides.
+    CHECK(config.exp2_by_fma == 0 || config.tile_n / 4 % config.exp2_by_fma == 0);
     // O leaves in whole rounds, each of whole slabs, none larger than Q where it lies there.
     const int rounds = o_rounds(config);
     const int round_columns = config.key.head_dim_v / rounds;
@@ -320,6 +324,12 @@ void configs_fit_the_scales_and_the_accumulator() {
     CHECK(round_columns % slab_columns(config.key.head_dim_v, kOutputBytes) == 0);
     CHECK(!o_overlays_q(config) || round_columns * kOutputBytes <= config.key.head_dim);
     CHECK(o_overlays_q(config) || rounds == 1);
+    // Where O may lie where V waits to be transposed, all consumers' O does, in whole slabs.
+    if (raw_holds_o(config)) {
+      CHECK(o_overlays_q(config) && may_transpose(config));
+      CHECK(config.num_consumers * kConsumerRows * config.key.head_dim_v * 2 <=
+            2 * config.tile_n * config.key.head_dim_v);
+    }
   }
 }
 

@@ -28,10 +28,11 @@ def first_channel(values, head_dim):
     [
         (16, PER_TENSOR, True),
         (128, PER_TENSOR, True),
-        (136, PER_TENSOR, False),  # P V in parts: no room for a row of ones
-        (256, PER_TENSOR, False),
+        (136, PER_TENSOR, True),  # P V in parts: the ones belong to the last
+        (256, PER_TENSOR, True),
         (16, dataclasses.replace(PER_TENSOR, accumulation="fast"), False),
         (16, dataclasses.replace(PER_TENSOR, v_scale="token"), False),
+        (256, dataclasses.replace(PER_TENSOR, v_scale="token"), False),
     ],
 )
 def test_probabilities_are_rounded_to_e4m3_and_so_is_their_sum_by_ones(
@@ -71,7 +72,8 @@ def two_blocks(rise, rows=40, seqlen_k=256, head_dim=16, **options):
     [
         (-0.01, {}, False),
         (0.01, {}, True),
-        (-0.01, {"head_dim": 192}, True),
+        (-0.01, {"head_dim": 192}, False),
+        (0.01, {"head_dim": 256}, True),
         (-0.01, {"accumulation": "fast"}, True),
         (-0.01, {"v_scale": "token"}, True),
         (-0.01, {"qk_scale": "token"}, True),
@@ -168,11 +170,8 @@ def test_the_kernel_is_the_one_that_would_run(monkeypatch):
 
 def test_the_tiles_of_the_kernels_say_where_ones_are():
     for row in emulation._tiles():
-        ones = row["dtype"] == "float8_e4m3fn" and row["head_dim"] <= 128
-        assert (row["sums_by_ones"], row["v_parts"] == 1, row["slack"] > 0) == (
-            ones,
-            ones or row["dtype"] != "float8_e4m3fn",
-            ones,
-        )
+        ones = row["dtype"] == "float8_e4m3fn"
+        assert (row["sums_by_ones"], row["slack"] > 0) == (ones, ones)
+        assert (row["v_parts"] > 1) == (ones and row["head_dim"] > 128)
         assert 2 ** (row["offset"] + row["slack"]) <= 448
         assert (row["offset"] > 0) == row["dtype"].startswith("float8")
