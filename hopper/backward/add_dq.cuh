@@ -5,9 +5,9 @@
 
 namespace hopper_attention {
 
-// In a fixed order each key block adds to a query block when the one before has added. Without a mask
-// they take turns from the first key block on. With one they do from the last that the query block
-// sees: under a causal mask that one begins with this query block, so that blocks which start
+// In a fixed order each key block adds to a query block when the one before has added. Without a
+// mask they take turns from the first key block on. With one they do from the last that the query
+// block sees: under a causal mask that one begins with this query block, so that blocks which start
 // together never wait. Blocks of the grid start in the order of the turns (key_tile), so one only
 // ever waits for blocks that run already.
 template <class Traits>
@@ -120,17 +120,17 @@ struct BulkDq {
 };
 
 template <class Traits>
-CUTE_DEVICE auto make_dq_adder(BackwardParams const& params,
-                               typename Traits::SharedStorage& shared, int consumer, int thread) {
+CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                               int consumer, int thread) {
   if constexpr (Traits::kDqBulk) {
     auto& barriers = shared.barriers;
     return BulkDq<Traits>{
         barriers.dq_full[consumer], barriers.dq_empty[consumer],
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
-    return DirectDq<Traits>{
-        params.workspace.dq + consumer * Traits::kDqElements + thread * 4,
-        shared.barriers.dq_empty[consumer], params.workspace.turns != nullptr, consumer};
+    return DirectDq<Traits>{params.workspace.dq + consumer * Traits::kDqElements + thread * 4,
+                            shared.barriers.dq_empty[consumer], params.workspace.turns != nullptr,
+                            consumer};
   }
 }
 
@@ -145,9 +145,7 @@ CUTE_DEVICE void reduce_add(float* global, float const* shared, int bytes) {
 // All groups have been added, not merely read.
 CUTE_DEVICE void reduce_wait() { asm volatile("cp.async.bulk.wait_group 0;" : : : "memory"); }
 
-CUTE_DEVICE void fence_async_global() {
-  asm volatile("fence.proxy.async.global;" : : : "memory");
-}
+CUTE_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" : : : "memory"); }
 
 // One thread. Takes each consumer's dQ out of shared memory as it comes.
 template <class Traits>

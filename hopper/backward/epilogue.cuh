@@ -5,8 +5,8 @@
 
 namespace hopper_attention {
 
-// Stores rows part * kConsumerRows and on of a gradient. kRows: rows of the whole buffer, which lies
-// in slabs.
+// Stores rows part * kConsumerRows and on of a gradient. kRows: rows of the whole buffer, which
+// lies in slabs.
 template <class Layout, int kSlab, int kColumns, int kRows, class TiledMma, class Element,
           class Gradient>
 CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Element* buffer,

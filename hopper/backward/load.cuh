@@ -21,8 +21,8 @@ struct KeyTile {
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   const WorkTile work = params.order(blockIdx.x);
-  // Longest first is the forward pass's order, whose longest block is the last one. Here the first one
-  // is, but under a mask adds in a fixed order begin with the last (own_turn).
+  // Longest first is the forward pass's order, whose longest block is the last one. Here the first
+  // one is, but under a mask adds in a fixed order begin with the last (own_turn).
   const bool last_first = Traits::kMasked && params.workspace.turns != nullptr;
   const bool flip = params.order.longest_first && !last_first;
   const int n_block = flip ? params.order.num_m_blocks - 1 - work.m_block : work.m_block;
@@ -32,9 +32,9 @@ CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   return {n_block, work.head, work.batch, query_blocks(params.mask, begin, end, Traits::kTileM)};
 }
 
-// Calls step(head, m_block) for all that a key block is multiplied with, in the order in which every
-// warp of the block takes them. The query heads of a group follow one another, so that dK and dV
-// are summed over them in registers.
+// Calls step(head, m_block) for all that a key block is multiplied with, in the order in which
+// every warp of the block takes them. The query heads of a group follow one another, so that dK and
+// dV are summed over them in registers.
 template <class Step>
 CUTE_DEVICE void for_each_query_block(BackwardParams const& params, KeyTile const& tile,
                                       Step step) {
@@ -76,9 +76,9 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   auto& barriers = shared.barriers;
   auto load_statistics = [&](FullBarrier& barrier, float* to, float const* from, int head,
                              int m_block) {
-    cute::SM90_BULK_COPY_G2S::copy(
-        from + workspace_block(params, tile.batch, head, m_block) * kM,
-        reinterpret_cast<std::uint64_t*>(&barrier), to, kStatisticsBytes);
+    cute::SM90_BULK_COPY_G2S::copy(from + workspace_block(params, tile.batch, head, m_block) * kM,
+                                   reinterpret_cast<std::uint64_t*>(&barrier), to,
+                                   kStatisticsBytes);
   };
   bool first = true;
   Ring<Traits::kStages> ring;
@@ -87,7 +87,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     if (first) {
       barriers.k_full.arrive_and_expect_tx(kN * kD * kElementBytes);
       load_slabs<Traits::kSlabK, kD, kN>(params.k, barriers.k_full, CacheHintSm90::EVICT_FIRST,
-                                        shared.k, tile.n_block * kN, tile.head_kv, tile.batch);
+                                         shared.k, tile.n_block * kN, tile.head_kv, tile.batch);
     }
     FullBarrier& q_full = barriers.q_full[stage];
     barriers.q_empty[stage].wait(ring.phase ^ 1);

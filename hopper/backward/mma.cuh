@@ -1,9 +1,9 @@
 // The consumer that is like the others: from its keys and all query blocks that see them to their
 // dK and dV, and to its part of dQ.
 //
-// With the keys as rows, P and dS come out of S^T = K Q^T and dP^T = V dO^T as the register operands
-// of dV = P^T dO and dK = dS^T Q. Only dQ = dS K, which sums over the keys of all consumers, reads
-// dS from shared memory.
+// With the keys as rows, P and dS come out of S^T = K Q^T and dP^T = V dO^T as the register
+// operands of dV = P^T dO and dK = dS^T Q. Only dQ = dS K, which sums over the keys of all
+// consumers, reads dS from shared memory.
 #pragma once
 
 #include "backward/add_dq.cuh"
@@ -97,8 +97,8 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
   auto writer = ds_writer<Traits>(shared, first_thread + thread);
   auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
-  const int first_key = tile.n_block * Traits::kTileN + consumer * kConsumerRows +
-                        thread / 32 * 16 + thread % 32 / 4;
+  const int first_key =
+      tile.n_block * Traits::kTileN + consumer * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
   const BlockRange plain = plain_steps<Traits>(params.mask, tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;

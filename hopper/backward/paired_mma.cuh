@@ -60,7 +60,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
   Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
   auto slice_scores = mma_scores.get_thread_slice(0);
-  Tensor tSrK = slice_scores.partition_fragment_A(sK);                           // (MMA, 1, d/16)
+  Tensor tSrK = slice_scores.partition_fragment_A(sK);                   // (MMA, 1, d/16)
   Tensor tSrQ = slice_scores.partition_fragment_B(sQ);                   // (MMA, 1, d/16, stages)
   Tensor tVrdO = mma_dv.get_thread_slice(0).partition_fragment_B(sdOt);  // (MMA, 1, m/16, stages)
   auto operands = dq_operands<Traits>(shared, 0);
@@ -79,8 +79,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   QuerySteps at(params, tile);
   auto step = [&](auto kPlain) {
     const int stage = at_step.stage();
-    Tensor rS =
-        partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
+    Tensor rS = partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
     barriers.q_full[stage].wait(at_step.phase());
     issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, stage), rS);
     warpgroup_wait<0>();
@@ -159,8 +158,7 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
   for (; !at.done(); at.advance()) {
     const int stage = at_step.stage();
     const std::uint32_t phase = at_step.phase();
-    Tensor rdP =
-        partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
+    Tensor rdP = partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
     barriers.dout_full[stage].wait(phase);
     issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
     barriers.q_full[stage].wait(phase);  // LSE comes with Q

@@ -125,7 +125,7 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   const HeadDims dims =
       tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
   plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
-               capped                ? MaskKind::kCapped
+               capped              ? MaskKind::kCapped
                : plan->mask.full() ? MaskKind::kFull
                                    : MaskKind::kMasked};
   plan->config = make_backward_config(plan->key);
@@ -146,8 +146,8 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   const std::int64_t streamed = static_cast<std::int64_t>(args.seqlen_q) * group *
                                 (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
-  // Adds in a fixed order form a chain from key block to key block: with the blocks of several heads
-  // in turn none waits for the one before it. They come longest first, as under a mask.
+  // Adds in a fixed order form a chain from key block to key block: with the blocks of several
+  // heads in turn none waits for the one before it. They come longest first, as under a mask.
   const bool ordered = args.deterministic != 0;
   const bool masked = plan->key.mask != MaskKind::kFull;
   const int blocks_per_head = n_blocks > 0 ? n_blocks : 1;

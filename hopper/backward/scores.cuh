@@ -70,8 +70,7 @@ CUTE_DEVICE void exponentiate(BackwardParams const& params, float const* lse_log
 // P where a key is not seen. first_key: this thread's first.
 template <class Traits, class Scores>
 CUTE_DEVICE void mask_scores(Mask const& mask, int first_key, int m_block, Scores& p) {
-  const SeenColumns seen =
-      seen_columns<!Traits::kMasked>(mask, first_key, m_block, Traits::kTileM);
+  const SeenColumns seen = seen_columns<!Traits::kMasked>(mask, first_key, m_block, Traits::kTileM);
   CUTE_UNROLL
   for (int i = 0; i < decltype(cute::size(p))::value; ++i) {
     if (!is_seen(seen, i)) p(i) = 0.0f;
@@ -130,8 +129,8 @@ CUTE_DEVICE void differentiate(BackwardParams const& params, float const* delta,
   }
 }
 
-// Zeros, right before the loop. A plain zero is hoisted by ptxas ahead of setmaxnreg, where the upper
-// registers do not exist yet, and the gradients are then kept in local memory.
+// Zeros, right before the loop. A plain zero is hoisted by ptxas ahead of setmaxnreg, where the
+// upper registers do not exist yet, and the gradients are then kept in local memory.
 template <class... Gradients>
 CUTE_DEVICE void start_gradients(Gradients&... gradients) {
   const float zero = __shfl_sync(0xffffffff, 0.0f, 0);

@@ -67,12 +67,10 @@ struct BackwardTraits {
   using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D>{}));
   using LayoutV = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<N, Dv>{}));
   // The same memory, read as the transpose.
-  using LayoutQt =
-      decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
-                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
-  using LayoutDot =
-      decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, Stages>{},
-                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutQt = decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
+                                                cute::Step<cute::_2, cute::_1, cute::_3>{}));
+  using LayoutDot = decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, Stages>{},
+                                                 cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutKt = decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N>{},
                                                 cute::Step<cute::_2, cute::_1>{}));
   using LayoutDs = decltype(cute::tile_to_shape(AtomK<ds_slab_columns(kTileN)>{},
@@ -83,9 +81,8 @@ struct BackwardTraits {
 
   // Consumer i has rows 64 i and on; each of a pair has all of them.
   using ByRows = cute::Layout<cute::Shape<Consumers, cute::_1, cute::_1>>;
-  using ByKeys =
-      cute::Layout<cute::Shape<cute::conditional_t<kPaired, cute::_1, Consumers>, cute::_1,
-                               cute::_1>>;
+  using ByKeys = cute::Layout<
+      cute::Shape<cute::conditional_t<kPaired, cute::_1, Consumers>, cute::_1, cute::_1>>;
   using ByColumns = cute::Layout<cute::Shape<cute::_1, Consumers, cute::_1>>;
   // S^T and dP^T
   using MmaScores = decltype(cute::make_tiled_mma(
@@ -102,16 +99,14 @@ struct BackwardTraits {
   static constexpr auto make_mma_dq() {
     using namespace cute;
     if constexpr (kDqSplit == DqSplit::kTransposed) {
-      return make_tiled_mma(
-          GMMA::ss_op_selector<Element, Element, float, Shape<Rows, M, N>, GMMA::Major::MN,
-                               GMMA::Major::K>(),
-          ByRows{});
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, M, N>,
+                                                 GMMA::Major::MN, GMMA::Major::K>(),
+                            ByRows{});
     } else if constexpr (kDqSplit == DqSplit::kTransposedRows) {
       using Part = Int<kTileM / kConsumers>;
-      return make_tiled_mma(
-          GMMA::ss_op_selector<Element, Element, float, Shape<Rows, Part, N>, GMMA::Major::MN,
-                               GMMA::Major::K>(),
-          ByColumns{});
+      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, Part, N>,
+                                                 GMMA::Major::MN, GMMA::Major::K>(),
+                            ByColumns{});
     } else if constexpr (kDqSplit == DqSplit::kRows) {
       return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, D, N>,
                                                  GMMA::Major::K, GMMA::Major::MN>(),

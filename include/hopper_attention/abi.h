@@ -87,8 +87,8 @@ typedef struct hopper_attention_forward_args {
   void* workspace;
   void* stream;  // cudaStream_t; null is the default stream
 
-  // What follows, up to the strides of v_token_factor, is for e4m3 alone, and must be zero for other
-  // dtypes. Strides of e4m3 tensors are multiples of 16 elements.
+  // What follows, up to the strides of v_token_factor, is for e4m3 alone, and must be zero for
+  // other dtypes. Strides of e4m3 tensors are multiples of 16 elements.
   int32_t out_dtype;     // of out: HOPPER_ATTENTION_FLOAT16 or HOPPER_ATTENTION_BFLOAT16
   int32_t accumulation;  // hopper_attention_accumulation
   // 1: v is (batch, heads_kv, head_dim_v, seqlen_k rounded up to 128) with contiguous keys in the
@@ -124,9 +124,9 @@ typedef struct hopper_attention_forward_args {
   const int32_t* seqused_q;
   const int32_t* seqused_k;
 
-  // (heads) logits, with any dtype, that join the softmax of each row of their head without a value:
-  // P = exp(score - lse), lse = log(exp(sink) + sum of exp(score)). So lse is sink in a row that
-  // sees no key. Null, or -inf, is none.
+  // (heads) logits, with any dtype, that join the softmax of each row of their head without a
+  // value: P = exp(score - lse), lse = log(exp(sink) + sum of exp(score)). So lse is sink in a row
+  // that sees no key. Null, or -inf, is none.
   const float* sink;
 } hopper_attention_forward_args;
 
