@@ -27,7 +27,7 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::Shared
     }
     if constexpr (Traits::kTokenSums) {
       if (scales.v_token_factor != nullptr) {
-        total[r] = shared.row_sums[consumer][row_in_consumer(r)];
+        total[r] = shared.row_sums[consumer][row_in_consumer(thread, r)];
       }
     }
   }
