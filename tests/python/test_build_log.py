@@ -35,7 +35,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dtype in ("fp16", "bf16")
         for dims in ("128", "192x128", "192", "256")
     },
-    "e4m3_d128_masked": IN_THE_LOOP,
+    "e4m3_d128_masked": TRANSPOSING,
     "e4m3_d192_masked": TRANSPOSING,
     "e4m3_d256_full": IN_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
