@@ -8,8 +8,8 @@
 namespace hopper_attention {
 
 // Which of its consumer's rows a row of this thread is.
-CUTE_DEVICE int row_in_consumer(int row) {
-  return threadIdx.x % kWarpgroupThreads / 32 * 16 + threadIdx.x % 32 / 4 + 8 * row;
+CUTE_DEVICE int row_in_consumer(int thread, int row) {
+  return thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4 + 8 * row;
 }
 
 template <class Traits>
@@ -114,10 +114,11 @@ struct Fp8Consumer {
   }
 
   // In shared memory, for which the registers do not last.
-  CUTE_DEVICE float& row_sum(int r) { return shared.row_sums[turns.consumer][row_in_consumer(r)]; }
   CUTE_DEVICE void clear_row_sums() {
     if (params.scales.v_token_factor == nullptr) return;
-    if (threadIdx.x % 4 == 0) row_sum(0) = row_sum(1) = 0.0f;
+    for (int r = 0; r < kRowsPerThread; ++r) {
+      shared.row_sums[turns.consumer][row_in_consumer(threadIdx.x, r)] = 0.0f;
+    }
     __syncwarp();
   }
   template <class Scores>
@@ -130,7 +131,9 @@ struct Fp8Consumer {
         part += rP(fragment_index(r, j));
       }
       const float block_sum = quad_reduce(part, [](float a, float b) { return a + b; });
-      if (threadIdx.x % 4 == 0) row_sum(r) = fmaf(row_sum(r), softmax.alpha[r], block_sum);
+      const int thread = fresh_thread();
+      float& sum = shared.row_sums[thread / kWarpgroupThreads - 1][row_in_consumer(thread, r)];
+      if (thread % 4 == 0) sum = fmaf(sum, softmax.alpha[r], block_sum);
     }
     __syncwarp();
   }

@@ -27,7 +27,8 @@ CUTE_DEVICE void finish_fp8(ForwardParams const& params, typename Traits::Shared
       total = quad_reduce(softmax.sum[r], [](float a, float b) { return a + b; });
     }
     if constexpr (Traits::kTokenSums) {
-      if (scales.v_token_factor != nullptr) total = shared.row_sums[consumer][row_in_consumer(r)];
+      if (scales.v_token_factor != nullptr)
+        total = shared.row_sums[consumer][row_in_consumer(thread, r)];
     }
     factor[r] = total == 0.0f ? 0.0f : 1.0f / total;
     lse[r] = softmax.log_sum_exp(total, r);

@@ -188,6 +188,14 @@ CUTE_DEVICE bool scales_each_key(ForwardParams const& params) {
 // A product of tiny scales must not vanish: 0 times a masked score's -inf would be NaN.
 CUTE_DEVICE float positive(float scale) { return fmaxf(scale, 1.17549435e-38f); }
 
+// threadIdx.x, read anew each time: what is made of it in a seldom taken path is not kept in
+// registers or local memory through the loop.
+CUTE_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The factors of one key block, shared out over the lanes of a warp: lane l has those of keys l,
 // 32 + l and so on, and a shuffle brings them where they are used. That is four loads a thread, all
 // under way at once, where each thread loading what it needs would take 32 and their addresses.
@@ -195,18 +203,19 @@ template <int kKeys>
 struct KeyFactors {
   float part[kKeys / 32];
 
-  // factors: one a key from the block's first, keys of them exist. Null: 1 for all.
+  // factors: one a key from the block's first, keys of them exist.
   CUTE_DEVICE KeyFactors(const float* factors, int keys) {
+    const int lane = fresh_thread() % 32;
     CUTE_UNROLL
     for (int i = 0; i < kKeys / 32; ++i) {
-      const int key = 32 * i + threadIdx.x % 32;
-      part[i] = factors != nullptr && key < keys ? __ldg(factors + key) : 1.0f;
+      const int key = 32 * i + lane;
+      part[i] = key < keys ? __ldg(factors + key) : 1.0f;
     }
   }
 
   template <class Scores>
   CUTE_DEVICE void scale_columns(Scores& s) const {
-    const int first = threadIdx.x % 4 * 2;
+    const int first = fresh_thread() % 4 * 2;
     CUTE_UNROLL
     for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
       const int column = fragment_column(fragment_index(0, j));
