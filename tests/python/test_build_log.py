@@ -37,7 +37,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     },
     "e4m3_d128_masked": TRANSPOSING,
     "e4m3_d192_masked": TRANSPOSING,
-    "e4m3_d256_full": IN_THE_LOOP,
+    "e4m3_d256_full": OUTSIDE_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
     "e4m3fast_d192_masked": TRANSPOSING,
