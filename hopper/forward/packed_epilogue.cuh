@@ -66,7 +66,8 @@ CUTE_DEVICE void store_packed(ForwardParams const& params, typename Traits::Shar
   float* out = params.lse + static_cast<std::int64_t>(head) * params.packed.lengths.total_q + row;
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {
-    if (own + 8 * r < rows) out[own + 8 * r] = lse[r];
+    const bool used = first_row + own + 8 * r < sequence.seqlen_q;  // else it is not the sink
+    if (own + 8 * r < rows) out[own + 8 * r] = used ? lse[r] : -INFINITY;
   }
 }
 
