@@ -35,6 +35,11 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dtype in ("fp16", "bf16")
         for dims in ("128", "192x128", "192", "256")
     },
+    **{
+        f"backward_{dtype}_d64_{mask}": IN_THE_LOOP
+        for dtype in ("fp16", "bf16")
+        for mask in ("masked", "capped")
+    },
     "e4m3_d128_masked": TRANSPOSING,
     "e4m3_d192_masked": TRANSPOSING,
     "e4m3_d256_full": OUTSIDE_THE_LOOP,
