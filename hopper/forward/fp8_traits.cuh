@@ -105,9 +105,10 @@ struct Fp8Traits {
     Element v[kStages][kVElements];
     Element raw[kMayTranspose ? kRawStages : 0][kTileN * kHeadDimV];
     Element q[kConsumers][kQElements];
-    // Row sums of P where V's tokens have scales, which the row of ones would take in.
-    float row_sums[kTokenSums ? kConsumers : 0][kConsumerRows];
     cute::half_t o_own[kOverlayO ? 0 : kConsumers][kRoundElements];
+    // Row sums of P where V's tokens have scales, which the row of ones would take in. Behind what
+    // is swizzled, whose addresses are multiples of its period.
+    float row_sums[kTokenSums ? kConsumers : 0][kConsumerRows];
     Barriers barriers;
 
     // v_transposed: no V waits to be transposed, and its buffers may hold O.

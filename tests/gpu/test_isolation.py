@@ -94,7 +94,8 @@ def test_outputs_are_written_whole_and_nothing_else(lengths, head_dim, with_lse,
         lse.data_ptr() if with_lse else 0,
         workspace.data_ptr(),
         torch.cuda.current_stream().cuda_stream,
-        0,
+        0,  # no sink
+        0,  # float16
         *(3, *lengths, 4, 2, head_dim, head_dim),
         *(x.stride()[:3] if x.numel() else (0, 0, 0) for x in (q, k, v, out)),
         head_dim**-0.5,
