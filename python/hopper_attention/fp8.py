@@ -35,10 +35,8 @@ def flash_attn_fp8_func(
     used again. Masks and shapes are those of `flash_attn_func`.
 
     16-bit tensors may require grad. Their gradient is that of 16-bit attention, as if quantizing
-    were the identity (a straight-through estimate): the backward pass of `flash_attn_func` runs on
-    q, k and v as given, with this pass's output and log-sum-exp. It recomputes the probabilities
-    as exp(16-bit scores - this pass's log-sum-exp), so that a row's sum is off from 1 by as much as
-    quantizing moved the row's log-sum-exp. A `Quantized` has no gradient.
+    were the identity (a straight-through estimate): it runs both passes of `flash_attn_func` on q, k
+    and v as given, so it costs a 16-bit forward pass more. A `Quantized` has no gradient.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU; or a
