@@ -35,8 +35,8 @@ def flash_attn_fp8_func(
     used again. Masks and shapes are those of `flash_attn_func`.
 
     16-bit tensors may require grad. Their gradient is that of 16-bit attention, as if quantizing
-    were the identity (a straight-through estimate): it runs both passes of `flash_attn_func` on q, k
-    and v as given, so it costs a 16-bit forward pass more. A `Quantized` has no gradient.
+    were the identity (a straight-through estimate): it runs both passes of `flash_attn_func` on
+    q, k and v as given, so it costs a 16-bit forward pass more. A `Quantized` has no gradient.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU; or a

@@ -82,7 +82,8 @@ def test_the_table_and_the_picture(trained):
     output, document, picture = trained
     assert "9 steps of 2 × 64 bytes" in output
     for one in document["runs"]:
-        assert f"{one['tokens_per_second']:,.0f}" in output
+        rate = one["tokens_per_second"]  # a tenth is the file's last digit
+        assert any(f"{x:,.0f}" in output for x in (rate - 0.05, rate, rate + 0.05))
         assert f"{one['held_out'][-1][1]:.4f}" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.stat().st_size > 20_000
