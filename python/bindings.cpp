@@ -25,24 +25,12 @@ hopper_attention_forward_args describe(int dtype, int batch, int seqlen_q, int s
                                        float softmax_scale, float softcap, bool causal,
                                        int window_left, int window_right, int sm_margin) {
   hopper_attention_forward_args args{};
-  args.struct_size = sizeof(args);
   args.q_stride_batch = q[0], args.q_stride_seq = q[1], args.q_stride_head = q[2];
   args.k_stride_batch = k[0], args.k_stride_seq = k[1], args.k_stride_head = k[2];
   args.v_stride_batch = v[0], args.v_stride_seq = v[1], args.v_stride_head = v[2];
   args.out_stride_batch = out[0], args.out_stride_seq = out[1], args.out_stride_head = out[2];
-  args.dtype = dtype;
-  args.batch = batch;
-  args.seqlen_q = seqlen_q;
-  args.seqlen_k = seqlen_k;
-  args.heads = heads;
-  args.heads_kv = heads_kv;
-  args.head_dim = head_dim;
-  args.head_dim_v = head_dim_v;
-  args.softmax_scale = softmax_scale;
-  args.softcap = softcap;
-  args.causal = causal;
-  args.window_left = window_left;
-  args.window_right = window_right;
+  set_problem(&args, dtype, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v,
+              softmax_scale, softcap, causal, window_left, window_right);
   args.sm_margin = sm_margin;
   return args;
 }
@@ -82,10 +70,7 @@ py::object prepare(Shape... shape) {
 
 template <class... Shape>
 std::string explain_forward(Shape... shape) {
-  const hopper_attention_forward_args args = describe(shape...);
-  char buffer[2048];
-  raise_on_failure(hopper_attention_explain_forward(&args, buffer, sizeof(buffer)));
-  return buffer;
+  return explanation(describe(shape...));
 }
 
 // Binds the functions with the parameters of `describe`, which is the one place that lists them.

@@ -37,21 +37,9 @@ hopper_attention_backward_args describe(int dtype, int batch, int seqlen_q, int 
                                         float softcap, bool causal, int window_left,
                                         int window_right, bool deterministic) {
   hopper_attention_backward_args args{};
-  args.struct_size = sizeof(args);
   set_strides(args, strides);
-  args.dtype = dtype;
-  args.batch = batch;
-  args.seqlen_q = seqlen_q;
-  args.seqlen_k = seqlen_k;
-  args.heads = heads;
-  args.heads_kv = heads_kv;
-  args.head_dim = head_dim;
-  args.head_dim_v = head_dim_v;
-  args.softmax_scale = softmax_scale;
-  args.softcap = softcap;
-  args.causal = causal;
-  args.window_left = window_left;
-  args.window_right = window_right;
+  set_problem(&args, dtype, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v,
+              softmax_scale, softcap, causal, window_left, window_right);
   args.deterministic = deterministic;
   return args;
 }

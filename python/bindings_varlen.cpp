@@ -21,25 +21,13 @@ hopper_attention_forward_args describe(int dtype, int batch, int total_q, int to
                                        float softmax_scale, float softcap, bool causal,
                                        int window_left, int window_right, int sm_margin) {
   hopper_attention_forward_args args{};
-  args.struct_size = sizeof(args);
   args.packed = 1;
   args.q_stride_seq = q[0], args.q_stride_head = q[1];
   args.k_stride_seq = k[0], args.k_stride_head = k[1];
   args.v_stride_seq = v[0], args.v_stride_head = v[1];
   args.out_stride_seq = out[0], args.out_stride_head = out[1];
-  args.dtype = dtype;
-  args.batch = batch;
-  args.seqlen_q = total_q;
-  args.seqlen_k = total_k;
-  args.heads = heads;
-  args.heads_kv = heads_kv;
-  args.head_dim = head_dim;
-  args.head_dim_v = head_dim_v;
-  args.softmax_scale = softmax_scale;
-  args.softcap = softcap;
-  args.causal = causal;
-  args.window_left = window_left;
-  args.window_right = window_right;
+  set_problem(&args, dtype, batch, total_q, total_k, heads, heads_kv, head_dim, head_dim_v,
+              softmax_scale, softcap, causal, window_left, window_right);
   args.sm_margin = sm_margin;
   return args;
 }
@@ -78,10 +66,7 @@ py::tuple prepare(Shape... shape) {
 
 template <class... Shape>
 std::string explain(Shape... shape) {
-  const hopper_attention_forward_args args = describe(shape...);
-  char buffer[2048];
-  raise_on_failure(hopper_attention_explain_forward(&args, buffer, sizeof(buffer)));
-  return buffer;
+  return explanation(describe(shape...));
 }
 
 // Binds the functions with the parameters of `describe`, which is the one place that lists them.

@@ -127,9 +127,9 @@ def _differentiate(
     # rows of dS would not sum to 0, and K's mean, which the softmax does not see, would be pushed
     # about until training fails.
     out, lse = torch.ops.hopper_attention.forward.inference(q, k, v, *ctx.scalars)
-    dout = torch.zeros_like(out) if dout is None else dout
     of_backward = (*ctx.scalars[:-1], ctx.deterministic)  # sm_margin is the forward pass's
-    return *ops_backward.backward(dout, dlse, q, k, v, out, lse, *of_backward)[:3], *nothing
+    saved = (q, k, v, out, lse)
+    return *ops_backward.differentiate(saved, of_backward, dout, dlse), *nothing
 
 
 _library_fragment.impl("attention_fp8", _attention, "CUDA")

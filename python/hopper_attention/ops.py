@@ -69,6 +69,13 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
 
 
+def remember(plans: dict[tuple[Any, ...], Any], key: tuple[Any, ...], plan: Any) -> None:
+    """Keeps a plan; all begin anew where there are too many."""
+    if len(plans) >= _MAX_PLANS:
+        plans.clear()
+    plans[key] = plan
+
+
 def _forward_cuda(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -160,9 +167,7 @@ def _make_plan(
         _contiguous((batch, heads, seqlen_q), torch.float32),
     )
     if all(view is x for (view, _), x in zip(views, (q, k, v), strict=True)):
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        remember(_plans, key, plan)
     return views[0][0], views[1][0], views[2][0], plan
 
 
@@ -224,19 +229,26 @@ def problem(
         scalars: the operator's arguments after q, k and v.
     """
     _, seqlen_q, _, heads, _, _, head_dim_v = dims
-    softmax_scale, causal, window_left, window_right, softcap, sm_margin = scalars
-    return (
-        dtype,
-        *dims,
-        *strides,
-        (seqlen_q * heads * head_dim_v, heads * head_dim_v, head_dim_v),
-        softmax_scale,
-        softcap,
-        causal,
-        min(window_left, checks.INT32_MAX),
-        0 if causal else min(window_right, checks.INT32_MAX),
-        sm_margin,
-    )
+    out_strides = (seqlen_q * heads * head_dim_v, heads * head_dim_v, head_dim_v)
+    return dtype, *dims, *strides, out_strides, *library_scalars(*scalars)
+
+
+def library_scalars(
+    softmax_scale: float,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    last: int | bool,
+) -> tuple[Any, ...]:
+    """An operator's scalars in the library's order; last: sm_margin, or deterministic."""
+    left, right = window(causal, window_left, window_right)
+    return softmax_scale, softcap, causal, left, right, last
+
+
+def window(causal: bool, left: int, right: int) -> tuple[int, int]:
+    """A window as the library takes it, in int32; causal masks end it at the row's position."""
+    return min(left, checks.INT32_MAX), 0 if causal else min(right, checks.INT32_MAX)
 
 
 def _public_raw_stream(device_index: int) -> int:

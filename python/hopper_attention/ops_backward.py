@@ -66,8 +66,7 @@ class Plan(NamedTuple):
     gradients: tuple[ops.Layout, ops.Layout, ops.Layout]
 
 
-_plans: dict[tuple[Any, ...], Plan] = {}
-_MAX_PLANS = 4096
+_plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
 
 
 def _backward_cuda(
@@ -124,7 +123,6 @@ def _backward_cuda(
 def _make_plan(key: tuple[Any, ...]) -> Plan:
     dtype, dims, strides, scalars, deterministic = key
     batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v = dims
-    softmax_scale, causal, window_left, window_right, softcap = scalars
     torch_dtype = next(name for name, code in checks.DTYPE_CODES.items() if code == dtype)
     gradients = (
         ops._contiguous((batch, seqlen_q, heads, head_dim), torch_dtype),
@@ -135,17 +133,10 @@ def _make_plan(key: tuple[Any, ...]) -> Plan:
         dtype,
         *dims,
         (*strides, *(_sequence_strides(strides) for _, strides, _ in gradients)),
-        softmax_scale,
-        softcap,
-        causal,
-        min(window_left, checks.INT32_MAX),
-        0 if causal else min(window_right, checks.INT32_MAX),
-        deterministic,
+        *ops.library_scalars(*scalars, last=deterministic),
     )
     plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
-    if len(_plans) >= _MAX_PLANS:
-        _plans.clear()
-    _plans[key] = plan
+    ops.remember(_plans, key, plan)
     return plan
 
 
@@ -270,13 +261,22 @@ def gradients(
 
     None where nothing depends on them.
     """
-    q, k, v, out, lse, *sink = ctx.saved_tensors
-    if dout is None:
-        if dlse is None:
-            return (None,) * (3 + len(sink))
-        dout = torch.zeros_like(out)
+    if dout is None and dlse is None:
+        return (None,) * (len(ctx.saved_tensors) - 2)
+    return differentiate(ctx.saved_tensors, ctx.scalars, dout, dlse)
+
+
+def differentiate(
+    saved: tuple[torch.Tensor, ...],
+    scalars: Scalars,
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+) -> Gradients:
+    """The gradients from what `save` keeps; dout or dlse may be None, for zeros."""
+    q, k, v, out, lse, *sink = saved
+    dout = torch.zeros_like(out) if dout is None else dout
     operator = backward_sink if sink else backward
-    arguments = (dout, dlse, q, k, v, out, lse, *sink, *ctx.scalars)
+    arguments = (dout, dlse, q, k, v, out, lse, *sink, *scalars)
     if torch.is_grad_enabled():  # create_graph=True; backward's own formula says what is wrong
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us

@@ -113,8 +113,7 @@ def _ints(
     return [
         *r.dims,
         int(causal),
-        min(window_left, checks.INT32_MAX),
-        0 if causal else min(window_right, checks.INT32_MAX),
+        *ops.window(causal, window_left, window_right),
         sm_margin,
         checks.DTYPE_CODES[out_dtype],
         int(fast),

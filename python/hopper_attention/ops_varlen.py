@@ -51,9 +51,7 @@ class Plan(NamedTuple):
     workspace: ops.Layout
 
 
-# As ops.py's.
-_plans: dict[tuple[Any, ...], Plan] = {}
-_MAX_PLANS = 4096
+_plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
 
 
 def _forward_cuda(
@@ -152,9 +150,7 @@ def _make_plan(
         ops._contiguous((workspace_bytes,), torch.uint8),
     )
     if all(view is x for (view, _), x in zip(views, (q, k, v), strict=True)):
-        if len(_plans) >= _MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        ops.remember(_plans, key, plan)
     return views[0][0], views[1][0], views[2][0], plan
 
 
@@ -166,19 +162,8 @@ def problem(
 ) -> tuple[Any, ...]:
     """What the library's functions take, from checked arguments; as `ops.problem`."""
     _, _, _, heads, _, _, head_dim_v = dims
-    softmax_scale, causal, window_left, window_right, softcap, sm_margin = scalars
-    return (
-        dtype,
-        *dims,
-        *strides,
-        (heads * head_dim_v, head_dim_v),
-        softmax_scale,
-        softcap,
-        causal,
-        min(window_left, checks.INT32_MAX),
-        0 if causal else min(window_right, checks.INT32_MAX),
-        sm_margin,
-    )
+    out_strides = (heads * head_dim_v, head_dim_v)
+    return dtype, *dims, *strides, out_strides, *ops.library_scalars(*scalars)
 
 
 def _forward_cpu(q: torch.Tensor, *_: Any) -> NoReturn:

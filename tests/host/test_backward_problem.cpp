@@ -9,6 +9,7 @@
 #include "backward_instances.h"
 #include "check.h"
 #include "hopper_attention/backward_budget.h"
+#include "small_problem.h"
 
 namespace {
 
@@ -16,31 +17,13 @@ using namespace hopper_attention;
 
 using Args = hopper_attention_backward_args;
 
-Args valid_args() {
-  Args args{};
-  args.struct_size = sizeof(args);
-  args.dtype = HOPPER_ATTENTION_BFLOAT16;
-  args.batch = 2;
-  args.seqlen_q = 300;
-  args.seqlen_k = 500;
-  args.heads = 8;
-  args.heads_kv = 2;
-  args.head_dim = 128;
-  args.head_dim_v = 128;
-  args.softmax_scale = 0.088f;
-  args.window_left = -1;
-  args.window_right = -1;
-  return args;
-}
+Args valid_args() { return small_problem<Args>(); }
 
 template <class Change>
 void refuses(const char* text, hopper_attention_status code, Change change) {
   Args args = valid_args();
   change(args);
-  const Status status = check_backward_shape(args);
-  check::context = std::string("\"") + text + "\" in: " + status.message;
-  CHECK(status.code == code);
-  CHECK(status.message.find(text) != std::string::npos);
+  check_refused(check_backward_shape(args), text, code);
 }
 
 void shapes_are_refused_by_name_and_value() {
@@ -93,10 +76,7 @@ void refuses_tensor(const char* text, Change change) {
   check::context = "unchanged";
   CHECK(check_backward_tensors(args).ok());
   change(args);
-  const Status status = check_backward_tensors(args);
-  check::context = std::string("\"") + text + "\" in: " + status.message;
-  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
-  CHECK(status.message.find(text) != std::string::npos);
+  check_refused(check_backward_tensors(args), text, HOPPER_ATTENTION_INVALID_ARGUMENT);
 }
 
 void tensors_are_refused_by_name() {

@@ -6,6 +6,7 @@
 #include "forward/problem.h"
 #include "hopper_attention/budget.h"
 #include "instances.h"
+#include "small_problem.h"
 
 namespace {
 
@@ -91,18 +92,9 @@ void transposed_blocks_have_the_keys_in_their_slots() {
 
 Args valid_args() {
   static const float scale = 1.0f;
-  Args args{};
-  args.struct_size = sizeof(args);
+  Args args = small_problem<Args>();
   args.dtype = HOPPER_ATTENTION_E4M3;
   args.out_dtype = HOPPER_ATTENTION_BFLOAT16;
-  args.batch = 2;
-  args.seqlen_q = 300;
-  args.seqlen_k = 500;
-  args.heads = 8;
-  args.heads_kv = 2;
-  args.head_dim = args.head_dim_v = 128;
-  args.softmax_scale = 0.088f;
-  args.window_left = args.window_right = -1;
   args.v_transposed = 1;
   args.q_descale = args.k_descale = args.v_descale = &scale;
   args.q_descale_tokens = args.k_descale_tokens = kScaleTokens;
@@ -116,10 +108,7 @@ void refuses(const char* text, hopper_attention_status code, Change change) {
   check::context = "unchanged";
   CHECK(check_forward_shape(args).ok());
   change(args);
-  const Status status = check_forward_shape(args);
-  check::context = std::string("\"") + text + "\" in: " + status.message;
-  CHECK(status.code == code);
-  CHECK(status.message.find(text) != std::string::npos);
+  check_refused(check_forward_shape(args), text, code);
 }
 
 void fields_are_refused_by_name_and_value() {
@@ -201,9 +190,7 @@ void strides_are_multiples_of_16_elements_and_of_8_in_the_output() {
   CHECK(tensors_with([](Args&) {}).ok());
   const auto refuses_stride = [](const char* text, auto change) {
     const Status status = tensors_with(change);
-    check::context = std::string("\"") + text + "\" in: " + status.message;
-    CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
-    CHECK(status.message.find(text) != std::string::npos);
+    check_refused(status, text, HOPPER_ATTENTION_INVALID_ARGUMENT);
     CHECK(status.message.find(std::string("multiples of ") + (text[0] == 'o' ? "8" : "16")) !=
           std::string::npos);
   };
