@@ -230,18 +230,12 @@ def problem(
     """
     _, seqlen_q, _, heads, _, _, head_dim_v = dims
     out_strides = (seqlen_q * heads * head_dim_v, heads * head_dim_v, head_dim_v)
-    return dtype, *dims, *strides, out_strides, *library_scalars(*scalars)
+    return dtype, *dims, *strides, out_strides, *library_scalars(scalars)
 
 
-def library_scalars(
-    softmax_scale: float,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    last: int | bool,
-) -> tuple[Any, ...]:
-    """An operator's scalars in the library's order; last: sm_margin, or deterministic."""
+def library_scalars(scalars: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's scalars, whose last is sm_margin or deterministic, in the library's order."""
+    softmax_scale, causal, window_left, window_right, softcap, last = scalars
     left, right = window(causal, window_left, window_right)
     return softmax_scale, softcap, causal, left, right, last
 

@@ -133,7 +133,7 @@ def _make_plan(key: tuple[Any, ...]) -> Plan:
         dtype,
         *dims,
         (*strides, *(_sequence_strides(strides) for _, strides, _ in gradients)),
-        *ops.library_scalars(*scalars, last=deterministic),
+        *ops.library_scalars((*scalars, deterministic)),
     )
     plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
     ops.remember(_plans, key, plan)

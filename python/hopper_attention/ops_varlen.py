@@ -163,7 +163,7 @@ def problem(
     """What the library's functions take, from checked arguments; as `ops.problem`."""
     _, _, _, heads, _, _, head_dim_v = dims
     out_strides = (heads * head_dim_v, head_dim_v)
-    return dtype, *dims, *strides, out_strides, *ops.library_scalars(*scalars)
+    return dtype, *dims, *strides, out_strides, *ops.library_scalars(scalars)
 
 
 def _forward_cpu(q: torch.Tensor, *_: Any) -> NoReturn:
