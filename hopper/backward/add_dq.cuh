@@ -36,31 +36,33 @@ CUTE_DEVICE void add4(float* to, float a, float b, float c, float d) {
                : "memory");
 }
 
-CUTE_DEVICE void release_turn(unsigned int* turn) {
-  asm volatile("fence.acq_rel.gpu;" : : : "memory");
-  pass_turn(turn);
-}
+// In a fixed order two warps of the producer's keep the turns of every other step each: a turn is
+// polled, and what was added made visible before the next one's, about 2 us each. One warp for all
+// steps would do that in series, which takes longer than a step's products.
+inline constexpr int kKeepers = 2;
 
-inline constexpr int kKeptThreads = kWarpgroupThreads + 32;  // a consumer's and its keeper's
+// The consumers' threads and those of one keeper.
+template <class Traits>
+inline constexpr int kKeptThreads = Traits::kConsumers * kWarpgroupThreads + 32;
 
-// Adds out of registers. One consumer's; a turn counts the consumers' adds apart.
+// Adds out of registers. One consumer's.
 template <class Traits>
 struct DirectDq {
-  float* accumulator;  // of block 0, from this thread's part on
-  EmptyBarrier& turn;
+  float* accumulator;   // of block 0, from this thread's part on
+  EmptyBarrier* turns;  // a keeper's each
   bool ordered;
-  int consumer;
-  std::uint32_t phase = 0;
+  std::uint32_t step = 0;
 
   // Before the slices of one step, and after them.
   CUTE_DEVICE void begin() {
-    if (ordered) turn.wait(phase);
+    if (ordered) turns[step % kKeepers].wait(step / kKeepers % 2);
   }
   CUTE_DEVICE void end() {
     if (!ordered) return;
     cutlass::arch::NamedBarrier::arrive(
-        kKeptThreads, static_cast<std::uint32_t>(BackwardBarrier::kAdded) + consumer);
-    phase ^= 1;
+        kKeptThreads<Traits>,
+        static_cast<std::uint32_t>(BackwardBarrier::kKeeper) + step % kKeepers);
+    ++step;
   }
 
   template <class Fragment>
@@ -75,27 +77,31 @@ struct DirectDq {
   }
 };
 
-// One warp of the producer's for each consumer that adds out of registers: waits for its turns and
-// passes them on, so that no consumer waits until its adds are through.
+// A keeper's warp where consumers add out of registers: waits for its turns and passes them on, so
+// that no consumer waits until its adds are through. Keepers know nothing of each other: a step has
+// its keeper's barriers, which the step after the next uses again once this keeper has seen that
+// all consumers are done with this one.
 template <class Traits>
 CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
-                            typename Traits::SharedStorage& shared, int consumer) {
+                            typename Traits::SharedStorage& shared, int keeper) {
+  static_assert(Traits::kConsumers >= kKeepers, "dq_empty is one for each keeper here");
   const bool leads = threadIdx.x % 32 == 0;
+  int step = 0;
   for (QuerySteps at(params, tile); !at.done(); at.advance()) {
-    unsigned int* turn =
-        params.workspace.turns + at.block * turns_per_block(Traits::kConfig) + consumer;
+    if (step++ % kKeepers != keeper) continue;
+    unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
       wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
-      shared.barriers.dq_empty[consumer].arrive();
+      shared.barriers.dq_empty[keeper].arrive();
     }
     __syncwarp();
     cutlass::arch::NamedBarrier::sync(
-        kKeptThreads, static_cast<std::uint32_t>(BackwardBarrier::kAdded) + consumer);
-    if (leads) release_turn(turn);
+        kKeptThreads<Traits>, static_cast<std::uint32_t>(BackwardBarrier::kKeeper) + keeper);
+    if (leads) pass_turn(turn);
   }
 }
 
-// Hands it to the producer's second warp.
+// Hands it to the producer.
 template <class Traits>
 struct BulkDq {
   EmptyBarrier& full;
@@ -129,8 +135,7 @@ CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, typename Traits::Sh
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
     return DirectDq<Traits>{params.workspace.dq + consumer * Traits::kDqElements + thread * 4,
-                            shared.barriers.dq_empty[consumer], params.workspace.turns != nullptr,
-                            consumer};
+                            shared.barriers.dq_empty, params.workspace.turns != nullptr};
   }
 }
 
@@ -147,44 +152,79 @@ CUTE_DEVICE void reduce_wait() { asm volatile("cp.async.bulk.wait_group 0;" : : 
 
 CUTE_DEVICE void fence_async_global() { asm volatile("fence.proxy.async.global;" : : : "memory"); }
 
-// One thread. Takes each consumer's dQ out of shared memory as it comes.
+// One thread. Takes a step's dQ out of shared memory as it comes.
+template <class Traits>
+CUTE_DEVICE void issue_adds(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                            std::int64_t block, std::uint32_t phase) {
+  constexpr int kConsumers = Traits::kConsumers;
+  constexpr int kBytes = Traits::kDqElements * sizeof(float);
+  float* accumulator = params.workspace.dq + block * kConsumers * Traits::kDqElements;
+  for (int consumer = 0; consumer < kConsumers; ++consumer) {
+    shared.barriers.dq_full[consumer].wait(phase);
+    reduce_add(accumulator + consumer * Traits::kDqElements,
+               shared.dq + consumer * Traits::kDqElements, kBytes);
+    cute::tma_store_arrive();
+  }
+}
+
+// The same thread, then: gives the buffers back when they have been read.
+template <class Traits>
+CUTE_DEVICE void return_buffers(typename Traits::SharedStorage& shared) {
+  constexpr int kConsumers = Traits::kConsumers;
+  auto& barriers = shared.barriers;
+  cute::tma_store_wait<kConsumers - 1>();
+  barriers.dq_empty[0].arrive();
+  if constexpr (kConsumers == 3) {
+    cute::tma_store_wait<1>();
+    barriers.dq_empty[1].arrive();
+  }
+  cute::tma_store_wait<0>();
+  barriers.dq_empty[kConsumers - 1].arrive();
+}
+
+// One thread, in any order.
 template <class Traits>
 CUTE_DEVICE void add_dq(BackwardParams const& params, KeyTile const& tile,
                         typename Traits::SharedStorage& shared) {
-  constexpr int kConsumers = Traits::kConsumers;
-  constexpr int kBytes = Traits::kDqElements * sizeof(float);
-  auto& barriers = shared.barriers;
   std::uint32_t phase = 0;
   for (QuerySteps at(params, tile); !at.done(); at.advance()) {
-    float* accumulator = params.workspace.dq + at.block * kConsumers * Traits::kDqElements;
-    unsigned int* turn =
-        params.workspace.turns == nullptr ? nullptr : params.workspace.turns + at.block;
-    if (turn != nullptr) {
+    issue_adds<Traits>(params, shared, at.block, phase);
+    phase ^= 1;
+    return_buffers<Traits>(shared);
+  }
+  reduce_wait();
+}
+
+// A keeper's warp, in a fixed order. Both take from the same buffers, so one waits for a step's dQ
+// only after the other has taken the step's before: a barrier's phase must be seen before the next
+// one ends.
+template <class Traits>
+CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, KeyTile const& tile,
+                                typename Traits::SharedStorage& shared, int keeper) {
+  constexpr std::uint32_t kKeeper = static_cast<std::uint32_t>(BackwardBarrier::kKeeper);
+  constexpr int kBoth = kKeepers * 32;
+  const bool leads = threadIdx.x % 32 == 0;
+  int step = 0;
+  for (QuerySteps at(params, tile); !at.done(); at.advance(), ++step) {
+    if (step % kKeepers != keeper) continue;
+    unsigned int* turn = params.workspace.turns + at.block;
+    if (leads) {
       wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
       fence_async_global();
     }
-    for (int consumer = 0; consumer < kConsumers; ++consumer) {
-      barriers.dq_full[consumer].wait(phase);
-      reduce_add(accumulator + consumer * Traits::kDqElements,
-                 shared.dq + consumer * Traits::kDqElements, kBytes);
-      cute::tma_store_arrive();
-    }
-    phase ^= 1;
-    cute::tma_store_wait<kConsumers - 1>();
-    barriers.dq_empty[0].arrive();
-    if constexpr (kConsumers == 3) {
-      cute::tma_store_wait<1>();
-      barriers.dq_empty[1].arrive();
-    }
-    cute::tma_store_wait<0>();
-    barriers.dq_empty[kConsumers - 1].arrive();
-    if (turn != nullptr) {
+    __syncwarp();
+    if (step > 0) cutlass::arch::NamedBarrier::sync(kBoth, kKeeper + keeper);
+    if (leads) issue_adds<Traits>(params, shared, at.block, step % 2);
+    __syncwarp();
+    if (!at.last()) cutlass::arch::NamedBarrier::arrive(kBoth, kKeeper + (keeper ^ 1));
+    if (leads) {
+      return_buffers<Traits>(shared);
       reduce_wait();
       fence_async_global();
       pass_turn(turn);
     }
+    __syncwarp();
   }
-  reduce_wait();
 }
 
 }  // namespace hopper_attention

@@ -149,7 +149,6 @@ Status run_preprocess(const hopper_attention_backward_args& a, const BackwardPla
   params.batch = a.batch;
   params.head_dim_v = a.head_dim_v;
   params.num_m_blocks = plan.num_m_blocks;
-  params.turns = turns_per_block(plan.config);
   params.bfloat16 = plan.key.dtype == Dtype::kBfloat16;
   const cudaError_t error = launch_preprocess(params, static_cast<cudaStream_t>(a.stream));
   return error == cudaSuccess ? Status{} : cuda_failure("preprocess", error);

@@ -68,6 +68,16 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
   if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
 }
 
+template <class Traits>
+CUTE_DEVICE void keep_order(BackwardParams const& params, KeyTile const& tile,
+                            typename Traits::SharedStorage& shared, int keeper) {
+  if constexpr (Traits::kDqBulk) {
+    add_dq_in_turn<Traits>(params, tile, shared, keeper);
+  } else {
+    keep_turns<Traits>(params, tile, shared, keeper);
+  }
+}
+
 template <class Instance>
 __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     backward_kernel(__grid_constant__ const BackwardParams params) {
@@ -90,11 +100,10 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     const int warp = cutlass::canonical_warp_idx_sync();
     if (warp == 0) {
       if (cute::elect_one_sync()) produce<Traits>(params, tile, shared);
+    } else if (params.workspace.turns != nullptr) {
+      if (warp <= kKeepers) keep_order<Traits>(params, tile, shared, warp - 1);
     } else if (Traits::kDqBulk && warp == 1) {
       if (cute::elect_one_sync()) add_dq<Traits>(params, tile, shared);
-    } else if (!Traits::kDqBulk && warp <= Traits::kConsumers &&
-               params.workspace.turns != nullptr) {
-      keep_turns<Traits>(params, tile, shared, warp - 1);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();

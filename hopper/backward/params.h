@@ -16,8 +16,8 @@ struct BackwardWorkspace {
   float* lse_log2;      // (batch, heads, rows): LSE in base 2; +inf for rows without keys and past
                         // the end, so that their P is 0
   float* delta;         // (batch, heads, rows): rowsum(dO * O) - dLSE; 0 past the end
-  unsigned int* turns;  // (batch, heads, query blocks, turns_per_block): key blocks that have added
-                        // their dQ; null where the order of the adds is free
+  unsigned int* turns;  // (batch, heads, query blocks): key blocks that have added their dQ; null
+                        // where the order of the adds is free
 };
 
 struct BackwardParams {
@@ -70,7 +70,6 @@ struct PreprocessParams {
   int batch;
   int head_dim_v;
   int num_m_blocks;
-  int turns;  // a query block
   bool bfloat16;
 };
 

@@ -48,8 +48,8 @@ __global__ void __launch_bounds__(kThreads)
   const int dq_groups = params.dq_layout.elements() / 4;
   float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
   for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
-  if (params.workspace.turns != nullptr && threadIdx.x < params.turns) {
-    params.workspace.turns[block * params.turns + threadIdx.x] = 0;
+  if (params.workspace.turns != nullptr && threadIdx.x == 0) {
+    params.workspace.turns[block] = 0;
   }
 
   const int column = threadIdx.x % kLanes * 8;

@@ -167,7 +167,7 @@ WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool deterministic) {
   layout.turns = layout.delta + align(rows * sizeof(float));
   layout.bytes = layout.turns;
   if (deterministic) {
-    layout.bytes += align(blocks * turns_per_block(plan.config) * sizeof(unsigned int));
+    layout.bytes += align(blocks * sizeof(unsigned int));
   }
   return layout;
 }

@@ -19,7 +19,7 @@ namespace hopper_attention {
 enum class BackwardBarrier : std::uint32_t {
   kAll = 0,       // all consumers
   kConsumer = 1,  // 1 to 3: consumer i's threads
-  kAdded = 4,     // 4 to 6: consumer i's dQ of a step is added; its turn's keeper waits
+  kKeeper = 4,    // 4 and 5: keeper i of the turns may go on
 };
 
 CUTE_DEVICE void sync_consumers(int num_consumers) {

@@ -59,12 +59,6 @@ constexpr int shared_bytes(const BackwardConfig& config) {
   return round_up(tensors + statistics_bytes(config) + barrier_bytes(config), kSharedAlignment);
 }
 
-// Counters of a query block, in global memory, of the key blocks that have added their dQ:
-// consumers that add by themselves take their turns apart.
-constexpr int turns_per_block(const BackwardConfig& config) {
-  return config.dq_path == DqPath::kBulk ? 1 : config.num_consumers;
-}
-
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
 // and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP.
 constexpr int fragment_registers(const BackwardConfig& config) {

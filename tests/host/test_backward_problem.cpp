@@ -255,7 +255,7 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
       CHECK(layout.lse_log2 >= rows * row.key.head_dim * 4);
       CHECK(layout.delta - layout.lse_log2 >= rows * 4);
       CHECK(layout.turns - layout.delta >= rows * 4);
-      const std::uint64_t turns = rows / plan.config.tile_m * turns_per_block(plan.config);
+      const std::uint64_t turns = rows / plan.config.tile_m;
       CHECK(layout.bytes - layout.turns >= (deterministic ? turns * 4 : 0));
       CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + 4 * 128);
       for (std::uint64_t at : {layout.lse_log2, layout.delta, layout.turns, layout.bytes}) {
