@@ -5,17 +5,11 @@
 
 namespace hopper_attention {
 
-// In a fixed order each key block adds to a query block when the one before has added. Without a
-// mask they take turns from the first key block on. With one they do from the last that the query
-// block sees: under a causal mask that one begins with this query block, so that blocks which start
-// together never wait. Blocks of the grid start in the order of the turns (key_tile), so one only
-// ever waits for blocks that run already.
+// In a fixed order each key block adds to a query block when those before it have added.
 template <class Traits>
-CUTE_DEVICE unsigned int own_turn(Mask const& mask, KeyTile const& tile, int m_block) {
-  const int row_begin = m_block * Traits::kTileM;
-  const int row_end = min(row_begin + Traits::kTileM, mask.seqlen_q);
-  const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
-  return Traits::kMasked ? blocks.end - 1 - tile.n_block : tile.n_block - blocks.begin;
+CUTE_DEVICE unsigned int own_turn(BackwardParams const& params, Mask const& mask,
+                                  KeyTile const& tile, int m_block) {
+  return add_turn(mask, tile.n_block, m_block, Traits::kTileM, Traits::kTileN, params.last_first);
 }
 
 CUTE_DEVICE void wait_turn(unsigned int const* turn, unsigned int own) {
@@ -87,11 +81,11 @@ CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
   static_assert(Traits::kConsumers >= kKeepers, "dq_empty is one for each keeper here");
   const bool leads = threadIdx.x % 32 == 0;
   int step = 0;
-  for (QuerySteps at(params, tile); !at.done(); at.advance()) {
+  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     if (step++ % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
+      wait_turn(turn, own_turn<Traits>(params, params.mask, tile, at.m_block));
       shared.barriers.dq_empty[keeper].arrive();
     }
     __syncwarp();
@@ -187,7 +181,7 @@ template <class Traits>
 CUTE_DEVICE void add_dq(BackwardParams const& params, KeyTile const& tile,
                         typename Traits::SharedStorage& shared) {
   std::uint32_t phase = 0;
-  for (QuerySteps at(params, tile); !at.done(); at.advance()) {
+  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     issue_adds<Traits>(params, shared, at.block, phase);
     phase ^= 1;
     return_buffers<Traits>(shared);
@@ -205,11 +199,11 @@ CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, KeyTile const& til
   constexpr int kBoth = kKeepers * 32;
   const bool leads = threadIdx.x % 32 == 0;
   int step = 0;
-  for (QuerySteps at(params, tile); !at.done(); at.advance(), ++step) {
+  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance(), ++step) {
     if (step % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
+      wait_turn(turn, own_turn<Traits>(params, params.mask, tile, at.m_block));
       fence_async_global();
     }
     __syncwarp();

@@ -126,6 +126,8 @@ Status run_main(const hopper_attention_backward_args& args, const BackwardPlan& 
   params.order = plan.order;
   params.num_m_blocks = plan.num_m_blocks;
   params.heads_per_kv = args.heads / args.heads_kv;
+  params.descending = plan.descending;
+  params.last_first = plan.last_first;
   params.scale_log2 = plan.scale_log2;
   params.softmax_scale = args.softmax_scale;
   params.cap_log2 = plan.cap_log2;

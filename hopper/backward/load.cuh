@@ -6,7 +6,7 @@
 #include "backward/params.h"
 #include "common/barriers.cuh"
 #include "hopper_attention/backward_budget.h"
-#include "hopper_attention/block_range.h"
+#include "hopper_attention/query_steps.h"
 
 namespace hopper_attention {
 
@@ -21,29 +21,11 @@ struct KeyTile {
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   const WorkTile work = params.order(blockIdx.x);
-  // Longest first is the forward pass's order, whose longest block is the last one. Here the first
-  // one is, but under a mask adds in a fixed order begin with the last (own_turn).
-  const bool last_first = Traits::kMasked && params.workspace.turns != nullptr;
-  const bool flip = params.order.longest_first && !last_first;
-  const int n_block = flip ? params.order.num_m_blocks - 1 - work.m_block : work.m_block;
+  const int n_block = key_block(params.order, work, params.last_first);
   const int begin = n_block * Traits::kTileN;
   const int end = min(begin + Traits::kTileN, params.mask.seqlen_k);
   if (params.heads_per_kv == 0) return {n_block, work.head, work.batch, {0, 0}};
   return {n_block, work.head, work.batch, query_blocks(params.mask, begin, end, Traits::kTileM)};
-}
-
-// Calls step(head, m_block) for all that a key block is multiplied with, in the order in which
-// every warp of the block takes them. The query heads of a group follow one another, so that dK and
-// dV are summed over them in registers.
-template <class Step>
-CUTE_DEVICE void for_each_query_block(BackwardParams const& params, KeyTile const& tile,
-                                      Step step) {
-  const int first_head = tile.head_kv * params.heads_per_kv;
-  for (int head = first_head; head < first_head + params.heads_per_kv; ++head) {
-    for (int m_block = tile.m_blocks.begin; m_block < tile.m_blocks.end; ++m_block) {
-      step(head, m_block);
-    }
-  }
 }
 
 // Which of the (batch, heads, query blocks) blocks in the workspace.
@@ -51,6 +33,15 @@ CUTE_DEVICE std::int64_t workspace_block(BackwardParams const& params, int batch
                                          int m_block) {
   const int heads = params.order.heads * params.heads_per_kv;
   return (static_cast<std::int64_t>(batch) * heads + head) * params.num_m_blocks + m_block;
+}
+
+// What a key block is multiplied with, in the order in which every warp of the block takes it. The
+// query heads of a group belong to the same block, so that dK and dV are summed over them in
+// registers.
+CUTE_DEVICE QuerySteps query_steps(BackwardParams const& params, KeyTile const& tile) {
+  const int first_head = tile.head_kv * params.heads_per_kv;
+  return {tile.m_blocks, params.heads_per_kv, params.num_m_blocks, params.descending,
+          workspace_block(params, tile.batch, first_head, 0)};
 }
 
 // kRows rows, slab by slab, into consecutive shared memory. The barrier expects the bytes already.
@@ -82,8 +73,9 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   };
   bool first = true;
   Ring<Traits::kStages> ring;
-  for_each_query_block(params, tile, [&](int head, int m_block) {
+  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     const int stage = ring.stage;
+    const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
     if (first) {
       barriers.k_full.arrive_and_expect_tx(kN * kD * kElementBytes);
       load_slabs<Traits::kSlabK, kD, kN>(params.k, barriers.k_full, CacheHintSm90::EVICT_FIRST,
@@ -108,7 +100,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
                                         shared.dout[stage], m_block * kM, head, tile.batch);
     load_statistics(dout_full, shared.delta[stage], params.workspace.delta, head, m_block);
     ring.advance();
-  });
+  }
 }
 
 }  // namespace hopper_attention

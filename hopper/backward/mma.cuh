@@ -103,7 +103,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
-  QuerySteps at(params, tile);
+  QuerySteps at = query_steps(params, tile);
   if (!at.done()) {
     barriers.k_full.wait(0);
     barriers.v_full.wait(0);

@@ -76,7 +76,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     multiply_dq<Traits>(operands, barriers.ds_empty[of.stage()], of.stage(), late_block, adder);
   };
 
-  QuerySteps at(params, tile);
+  QuerySteps at = query_steps(params, tile);
   auto step = [&](auto kPlain) {
     const int stage = at_step.stage();
     Tensor rS = partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
@@ -149,7 +149,7 @@ CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& ti
   auto adder = make_dq_adder<Traits>(params, shared, 1, thread);
 
   StepCount<Traits::kStages> at_step;
-  QuerySteps at(params, tile);
+  QuerySteps at = query_steps(params, tile);
   if (!at.done()) {
     barriers.v_full.wait(0);
     barriers.k_full.wait(0);

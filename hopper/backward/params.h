@@ -33,6 +33,8 @@ struct BackwardParams {
   TileOrder order;  // of key blocks and KV heads
   int num_m_blocks;
   int heads_per_kv;
+  bool descending;  // QuerySteps'
+  bool last_first;  // key_block's and add_turn's
 
   // P = exp2(scale_log2 * S - LSE_log2); where cap_log2 is not 0, scale_log2 * S is
   // cap_log2 * tanh(S * inner_scale).

@@ -146,13 +146,22 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   const std::int64_t streamed = static_cast<std::int64_t>(args.seqlen_q) * group *
                                 (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
-  // Adds in a fixed order form a chain from key block to key block: with the blocks of several
-  // heads in turn none waits for the one before it. They come longest first, as under a mask.
+  // Adds in a fixed order form a chain from key block to key block. Without a mask all blocks of a
+  // head start at the same query block, and several heads in turn are that many chains, each the
+  // shorter. With one, blocks start on their own diagonal in the order of the turns, from the last
+  // key block to the first, so shortest first: the next head's short ones fill the gaps, and heads
+  // that L2 does not hold cost more than the chain. But in a group of query heads the shorter
+  // blocks run ahead into the next head, out of L2's reach. So groups descend through the query
+  // blocks together, in the order that is longest first.
   const bool ordered = args.deterministic != 0;
   const bool masked = plan->key.mask != MaskKind::kFull;
+  plan->descending = ordered && masked && group > 1;
+  plan->last_first = ordered && masked && !plan->descending;
   const int blocks_per_head = n_blocks > 0 ? n_blocks : 1;
   const int for_tail = (kMinGroupBlocks + blocks_per_head - 1) / blocks_per_head;
-  const int min_group = ordered && for_tail < kMinOrderedHeads ? kMinOrderedHeads : for_tail;
+  int min_group = for_tail;
+  if (ordered && !masked) min_group = for_tail > kMinOrderedHeads ? for_tail : kMinOrderedHeads;
+  if (plan->last_first) min_group = 1;
   plan->order = make_tile_order(args.seqlen_k, args.heads_kv, args.batch, plan->config.tile_n,
                                 masked || ordered, streamed, 1, min_group);
   return {};

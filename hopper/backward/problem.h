@@ -18,6 +18,8 @@ struct BackwardPlan {
   Mask mask;
   TileOrder order;  // of key blocks and KV heads
   DqLayout dq_layout;
+  bool descending;   // QuerySteps'
+  bool last_first;   // key_block's and add_turn's
   int num_m_blocks;  // a (batch, head)
   int query_grid;    // blocks of queries in all
   int key_grid;      // blocks of keys in all

@@ -137,34 +137,6 @@ CUTE_DEVICE void start_gradients(Gradients&... gradients) {
   (cute::fill(gradients, zero), ...);
 }
 
-// A key block's steps: all query blocks that see it, of one query head of the group after the
-// other.
-struct QuerySteps {
-  BlockRange blocks;
-  int m_block;
-  int heads_left;
-  int heads_apart;     // blocks of the workspace from one head's last step to the next one's first
-  std::int64_t block;  // of the workspace
-
-  CUTE_DEVICE QuerySteps(BackwardParams const& params, KeyTile const& tile)
-      : blocks(tile.m_blocks),
-        m_block(tile.m_blocks.begin),
-        heads_left(tile.m_blocks.empty() ? 0 : params.heads_per_kv),
-        heads_apart(params.num_m_blocks - (tile.m_blocks.end - tile.m_blocks.begin)),
-        block(workspace_block(params, tile.batch, tile.head_kv * params.heads_per_kv,
-                              tile.m_blocks.begin)) {}
-
-  CUTE_DEVICE bool done() const { return heads_left == 0; }
-  CUTE_DEVICE bool last() const { return heads_left == 1 && m_block + 1 == blocks.end; }
-  CUTE_DEVICE void advance() {
-    ++block;
-    if (++m_block < blocks.end) return;
-    m_block = blocks.begin;
-    block += heads_apart;
-    --heads_left;
-  }
-};
-
 // Query blocks of which every row sees every key of the block, so that P needs no mask.
 template <class Traits>
 CUTE_DEVICE BlockRange plain_steps(Mask const& mask, KeyTile const& tile) {

@@ -161,7 +161,8 @@ void scores_are_scaled_as_in_the_forward_pass() {
 }
 
 // A group of heads has two waves of blocks for an H100's 132 multiprocessors where there are as
-// many, and several heads where the order of the adds is fixed.
+// many; where the order of the adds is fixed, what L2 holds and no more under a mask without groups
+// of query heads, and several heads without a mask.
 void groups_of_heads_are_large_enough() {
   Args args = valid_args();
   args.causal = 1;
@@ -176,12 +177,19 @@ void groups_of_heads_are_large_enough() {
       const BackwardPlan plan = plan_of(args);
       const int blocks = plan.order.num_m_blocks;
       CHECK(plan.order.group * blocks >= 256 || plan.order.group == 16);
-      CHECK(!deterministic || plan.order.group >= 4);
       CHECK(plan.order.group <= 16);
+      CHECK(plan.descending == (deterministic == 1) && !plan.last_first);
     }
   }
+  args.heads = args.heads_kv;
+  check::context = "65536, deterministic, no groups of query heads";
+  BackwardPlan plan = plan_of(args);
+  CHECK(plan.last_first && !plan.descending && plan.order.group == 1);
   args.causal = 0;
-  CHECK(plan_of(args).order.longest_first);  // several heads in turn
+  check::context = "65536, deterministic, full";
+  plan = plan_of(args);
+  CHECK(!plan.last_first && !plan.descending && plan.order.group == 4);
+  CHECK(plan.order.longest_first);  // several heads in turn
   args.deterministic = 0;
   CHECK(!plan_of(args).order.longest_first);
 }
