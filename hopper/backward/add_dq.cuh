@@ -1,6 +1,7 @@
 // How one consumer's part of a step's dQ reaches the accumulator in global memory.
 #pragma once
 
+#include "backward/key_tile.cuh"
 #include "backward/scores.cuh"
 
 namespace hopper_attention {
@@ -85,7 +86,7 @@ CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
     unsigned int* turn =
         params.workspace.turns + at.block * turns_per_block(Traits::kConfig) + consumer;
     if (leads) {
-      wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
+      wait_turn(turn, own_turn<Traits>(tile_mask<Traits>(params, shared), tile, at.m_block));
       shared.barriers.dq_empty[consumer].arrive();
     }
     __syncwarp();
@@ -160,7 +161,7 @@ CUTE_DEVICE void add_dq(BackwardParams const& params, KeyTile const& tile,
     unsigned int* turn =
         params.workspace.turns == nullptr ? nullptr : params.workspace.turns + at.block;
     if (turn != nullptr) {
-      wait_turn(turn, own_turn<Traits>(params.mask, tile, at.m_block));
+      wait_turn(turn, own_turn<Traits>(tile_mask<Traits>(params, shared), tile, at.m_block));
       fence_async_global();
     }
     for (int consumer = 0; consumer < kConsumers; ++consumer) {

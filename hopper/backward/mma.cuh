@@ -99,7 +99,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
 
   const int first_key =
       tile.n_block * Traits::kTileN + consumer * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
-  const BlockRange plain = plain_steps<Traits>(params.mask, tile);
+  const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
@@ -127,7 +127,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     }
     exponentiate<Traits>(params, shared.lse_log2[stage], rS);
     if constexpr (!kPlain) {
-      mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+      mask_scores<Traits>(tile_mask<Traits>(params, shared), first_key, at.m_block, rS);
     }
     // As register operands P^T and dS^T have their accumulators' elements in the same order.
     using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;

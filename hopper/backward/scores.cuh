@@ -152,7 +152,7 @@ struct QuerySteps {
         heads_left(tile.m_blocks.empty() ? 0 : params.heads_per_kv),
         heads_apart(params.num_m_blocks - (tile.m_blocks.end - tile.m_blocks.begin)),
         block(workspace_block(params, tile.batch, tile.head_kv * params.heads_per_kv,
-                              tile.m_blocks.begin)) {}
+                              tile.first_block + tile.m_blocks.begin)) {}
 
   CUTE_DEVICE bool done() const { return heads_left == 0; }
   CUTE_DEVICE bool last() const { return heads_left == 1 && m_block + 1 == blocks.end; }
