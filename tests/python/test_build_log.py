@@ -38,7 +38,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     **{
         f"backward_{dtype}_d64_{mask}": IN_THE_LOOP
         for dtype in ("fp16", "bf16")
-        for mask in ("masked", "capped")
+        for mask in ("masked", "packed", "capped")
     },
     "e4m3_d128_masked": IN_THE_LOOP,
     "e4m3_d192_masked": TRANSPOSING,
