@@ -32,9 +32,9 @@ from hopper_attention.bench.shapes import LOGNORMAL, PACKED, Shape, suite_shapes
 from hopper_attention.cli import app
 
 ROOT = Path(__file__).resolve().parents[2]
-EQUAL = Shape("bfloat16", 16, 16, 3, 20, 20, 4, 2, causal=True, layout=PACKED)
-MIXED = replace(EQUAL, batch=5, seqlen_q=60, seqlen_k=60, layout=LOGNORMAL)
-LENGTHS = (7, 60, 1, 20, 33)
+EQUAL = Shape("bfloat16", 16, 16, 2, 12, 12, 4, 2, causal=True, layout=PACKED)
+MIXED = replace(EQUAL, batch=5, seqlen_q=30, seqlen_k=30, layout=LOGNORMAL)
+LENGTHS = (7, 30, 1, 20, 13)
 SPEEDS = {
     "hopper_attention": 600.0,
     "hopper_attention_deterministic": 500.0,
@@ -89,7 +89,7 @@ def test_lognormal_lengths():
 
 
 def test_operations_are_those_of_the_sequences():
-    assert EQUAL.lengths == (20, 20, 20)
+    assert EQUAL.lengths == (12, 12)
     assert EQUAL.flops() == replace(EQUAL, layout="bshd").flops()
     assert MIXED.flops() == sum(2 * 4 * (16 + 16) * n * n / 2 for n in LENGTHS)
     assert MIXED.sequence(7).label == "bf16 d16 causal b1 s7 h4/2"
@@ -97,10 +97,10 @@ def test_operations_are_those_of_the_sequences():
 
 def test_a_batch_is_drawn_end_to_end():
     batch = varlen.draw(MIXED, "cpu")
-    assert batch.cu_seqlens.tolist() == [0, 7, 67, 68, 88, 121]
+    assert batch.cu_seqlens.tolist() == [0, 7, 37, 38, 58, 71]
     assert batch.cu_seqlens.dtype == torch.int32
-    assert [batch.rows(i) for i in (0, 1, 4)] == [slice(0, 7), slice(7, 67), slice(88, 121)]
-    assert (batch.q.shape, batch.k.shape, batch.longest) == ((121, 4, 16), (121, 2, 16), 60)
+    assert [batch.rows(i) for i in (0, 1, 4)] == [slice(0, 7), slice(7, 37), slice(58, 71)]
+    assert (batch.q.shape, batch.k.shape, batch.longest) == ((71, 4, 16), (71, 2, 16), 30)
 
 
 class Fa3:
