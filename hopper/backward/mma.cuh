@@ -148,15 +148,20 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     warpgroup_fence_operand(rdV);
     arrive_warp(barriers.dout_empty[stage]);
     issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    warpgroup_wait<1>();
+    // Ahead of the adds: a branch, as in the next S's barrier, waits until they have read dQ.
+    ring.advance();
+    if constexpr (kAhead) {
+      issue_scores(ring, !at.last());
+      warpgroup_wait<2>();
+    } else {
+      warpgroup_wait<1>();
+    }
     warpgroup_fence_operand(rdQ);
     arrive_warp(barriers.ds_empty[ds_stage]);
     adder.begin();
     adder.add(rdQ, at.block, 0);
     adder.end();
-    ring.advance();
     if constexpr (kAhead) {
-      issue_scores(ring, !at.last());
       warpgroup_wait<1>();
     } else {
       warpgroup_wait<0>();
