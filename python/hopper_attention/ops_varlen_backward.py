@@ -1,4 +1,4 @@
-"""The gradient of packed batches: torch.ops.hopper_attention.varlen_backward.
+"""The gradient of packed batches: torch.ops.hopper_attention.backward_varlen.
 
 The formulas, and the way from autograd to the kernels, are ops_backward.py's; this is what packed
 batches have otherwise. The lengths stay on the device, so that the workspace has room for any of
@@ -20,7 +20,7 @@ from .ops_backward import Gradients, Plan
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
 _library_fragment.define(
-    "varlen_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    "backward_varlen(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
@@ -161,16 +161,16 @@ def _differentiate(
     return *ops_backward.call(backward, *arguments), *nothing
 
 
-_library_fragment.impl("varlen_backward", _backward_cuda, "CUDA")
-_library_fragment.impl("varlen_backward", _backward_cpu, "CPU")
+_library_fragment.impl("backward_varlen", _backward_cuda, "CUDA")
+_library_fragment.impl("backward_varlen", _backward_cpu, "CPU")
 torch.library.register_fake(
-    "hopper_attention::varlen_backward", _backward_fake, lib=_library_fragment
+    "hopper_attention::backward_varlen", _backward_fake, lib=_library_fragment
 )
 torch.library.register_autograd(
-    "hopper_attention::varlen_backward", ops_backward.differentiate_twice, lib=_library_fragment
+    "hopper_attention::backward_varlen", ops_backward.differentiate_twice, lib=_library_fragment
 )
 torch.library.register_autograd(
     "hopper_attention::forward_varlen", _differentiate, setup_context=_save, lib=_library_fragment
 )
 
-backward: Callable[..., Gradients] = torch.ops.hopper_attention.varlen_backward.default
+backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward_varlen.default

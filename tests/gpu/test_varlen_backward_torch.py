@@ -149,7 +149,7 @@ def test_opcheck_of_the_backward_operator():
 def test_the_backward_operator_is_what_autograd_calls():
     inputs, dout = draw(SMALL)
     expected = check(inputs, SMALL.lengths(), dout, **FIXED)
-    found = torch.ops.hopper_attention.varlen_backward(**operands(SMALL))
+    found = torch.ops.hopper_attention.backward_varlen(**operands(SMALL))
     assert same_bits(found, expected)
 
 
@@ -265,7 +265,7 @@ WRONG = [
 @pytest.mark.parametrize("argument, change, error, words", WRONG)
 def test_wrong_inputs_raise_and_do_no_harm(argument, change, error, words):
     with pytest.raises(error, match=words):
-        torch.ops.hopper_attention.varlen_backward(**changed(argument, change))
+        torch.ops.hopper_attention.backward_varlen(**changed(argument, change))
     torch.cuda.synchronize()
     inputs, dout = draw(SMALL)
     check(inputs, SMALL.lengths(), dout)

@@ -308,7 +308,7 @@ def test_compiles_with_its_gradient_without_a_graph_break(library, dynamic):
     for targets in forwards:
         assert targets.count(operators.forward_varlen.default) == 1
     for targets in backwards:
-        assert targets.count(operators.varlen_backward.default) == 1
+        assert targets.count(operators.backward_varlen.default) == 1
 
 
 def operands(**sizes):
@@ -378,6 +378,6 @@ def test_schema():
     lengths = "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     scalars = "float softmax_scale, bool causal, int window_left, int window_right, "
     assert str(ops_varlen_backward.backward._schema) == (
-        f"hopper_attention::varlen_backward({results}{lengths}{scalars}float softcap, "
+        f"hopper_attention::backward_varlen({results}{lengths}{scalars}float softcap, "
         "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
     )

@@ -139,7 +139,7 @@ def operators_on_the_cpu():
     functions = {
         "forward_varlen": ops_varlen._forward_cuda,
         "forward_varlen.inference": ops_varlen._forward_cuda,
-        "varlen_backward": ops_varlen_backward._backward_cuda,
+        "backward_varlen": ops_varlen_backward._backward_cuda,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that others are overridden
