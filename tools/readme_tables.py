@@ -21,6 +21,7 @@ from typing import Any
 import readme_backward
 import readme_fp8
 import readme_training
+import readme_varlen
 from md_tables import MISSING, length, listing, table
 
 import hopper_attention
@@ -44,7 +45,7 @@ TILES = Path(hopper_attention.__file__).parent / "tiles.json"
 CARD_STUDY = ROOT / "benchmarks" / "results" / "study_h200.json"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("architecture", "fp8", "training")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("architecture", "fp8", "performance", "training")),
 )
 FORWARD_PICTURE = ROOT / "docs" / "images" / "forward_h200.png"
 STUDY_PICTURE = ROOT / "docs" / "images" / "study_heads.png"
@@ -242,6 +243,8 @@ _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
     "backward_deterministic": readme_backward.deterministic,
     "backward_shapes": readme_backward.shapes,
     "backward_rmse": readme_backward.rmse,
+    "varlen_forward": readme_varlen.forward,
+    "varlen_backward": readme_varlen.backward,
     "fp8_forward": readme_fp8.forward,
     "fp8_quantizer": readme_fp8.quantizer,
     "fp8_end_to_end": readme_fp8.end_to_end,
@@ -272,7 +275,7 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
     for name, make_one in _FROM_RESULTS.items():
         sources[name] = (results, partial(make_one, document))
     suites = {record["suite"] for record in document["records"]}
-    suite_of = readme_backward.SUITE_OF | readme_fp8.SUITE_OF
+    suite_of = readme_backward.SUITE_OF | readme_varlen.SUITE_OF | readme_fp8.SUITE_OF
     absent = {name for name, suite in suite_of.items() if suite not in suites}
     made, missing = {"training": readme_training.section()}, {}
     for name, (path, make) in sources.items():

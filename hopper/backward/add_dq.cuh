@@ -1,6 +1,7 @@
 // How one consumer's part of a step's dQ reaches the accumulator in global memory.
 #pragma once
 
+#include "backward/key_tile.cuh"
 #include "backward/scores.cuh"
 
 namespace hopper_attention {
@@ -85,7 +86,8 @@ CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
     if (step++ % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn, own_turn<Traits>(params, params.mask, tile, at.m_block));
+      wait_turn(turn,
+                own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
       shared.barriers.dq_empty[keeper].arrive();
     }
     __syncwarp();
@@ -203,7 +205,8 @@ CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, KeyTile const& til
     if (step % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn, own_turn<Traits>(params, params.mask, tile, at.m_block));
+      wait_turn(turn,
+                own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
       fence_async_global();
     }
     __syncwarp();

@@ -2,7 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "backward/params.h"
+#include "backward/query_block.cuh"
 
 namespace hopper_attention {
 namespace {
@@ -22,17 +22,16 @@ __device__ __nv_bfloat16 narrow(float x) {
 }
 
 // A block a block of queries.
-template <class Element>
+template <class Element, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     convert_kernel(__grid_constant__ const ConvertParams params) {
   extern __shared__ __align__(16) unsigned char shared[];
   Element* tile = reinterpret_cast<Element*>(shared);
   const DqLayout layout = params.dq_layout;
-  const int m_block = blockIdx.x % params.num_m_blocks;
-  const int pair = blockIdx.x / params.num_m_blocks;  // batch * heads + head
-  const int head = pair % params.heads, batch = pair / params.heads;
+  const QueryBlock own = query_block<kPacked>(params.queries, blockIdx.x);
   const int stride = layout.head_dim + kPadding;
-  const int groups = layout.elements() / 4;
+  // Of rows that do not ask there is no dQ, and may be no accumulator.
+  const int groups = own.used > 0 ? layout.elements() / 4 : 0;
 
   const float4* from =
       reinterpret_cast<const float4*>(params.accumulator) + blockIdx.x * std::int64_t(groups);
@@ -51,27 +50,38 @@ __global__ void __launch_bounds__(kThreads)
   __syncthreads();
 
   const int chunks = params.head_dim / 8;
-  const int rows = min(layout.tile_m, params.seqlen_q - m_block * layout.tile_m);
-  Element* out = static_cast<Element*>(params.dq.data) + batch * params.dq.stride_batch +
-                 head * params.dq.stride_head +
-                 std::int64_t(m_block) * layout.tile_m * params.dq.stride_seq;
-  for (int i = threadIdx.x; i < rows * chunks; i += kThreads) {
+  Element* out = static_cast<Element*>(params.dq.data) + own.batch * params.dq.stride_batch +
+                 own.head * params.dq.stride_head + own.row * params.dq.stride_seq;
+  for (int i = threadIdx.x; i < own.rows * chunks; i += kThreads) {
     const int row = i / chunks, column = i % chunks * 8;
-    *reinterpret_cast<uint4*>(out + row * params.dq.stride_seq + column) =
-        *reinterpret_cast<const uint4*>(tile + row * stride + column);
+    uint4 value{};
+    if (!kPacked || row < own.used) {
+      value = *reinterpret_cast<const uint4*>(tile + row * stride + column);
+    }
+    *reinterpret_cast<uint4*>(out + row * params.dq.stride_seq + column) = value;
+  }
+}
+
+template <class Element>
+void launch(const ConvertParams& params, cudaStream_t stream) {
+  const QueryGrid& queries = params.queries;
+  const int grid = queries.num_m_blocks * queries.heads * queries.batch;
+  // At most 64 x (256 + 8) x 2 bytes or 128 x (64 + 8) x 2: below 48 KiB.
+  const int bytes = params.dq_layout.tile_m * (params.dq_layout.head_dim + kPadding) * 2;
+  if (queries.packed) {
+    convert_kernel<Element, true><<<grid, kThreads, bytes, stream>>>(params);
+  } else {
+    convert_kernel<Element, false><<<grid, kThreads, bytes, stream>>>(params);
   }
 }
 
 }  // namespace
 
 cudaError_t launch_convert(const ConvertParams& params, cudaStream_t stream) {
-  const int grid = params.num_m_blocks * params.heads * params.batch;
-  // At most 64 x (256 + 8) x 2 bytes or 128 x (64 + 8) x 2: below 48 KiB.
-  const int bytes = params.dq_layout.tile_m * (params.dq_layout.head_dim + kPadding) * 2;
   if (params.bfloat16) {
-    convert_kernel<__nv_bfloat16><<<grid, kThreads, bytes, stream>>>(params);
+    launch<__nv_bfloat16>(params, stream);
   } else {
-    convert_kernel<__half><<<grid, kThreads, bytes, stream>>>(params);
+    launch<__half>(params, stream);
   }
   return cudaPeekAtLastError();
 }

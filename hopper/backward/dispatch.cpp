@@ -99,8 +99,11 @@ Status encode_descriptors(const hopper_attention_backward_args& a, const Backwar
        {a.dv, d_v, s_k, h_kv, b, a.dv_stride_seq, a.dv_stride_head, a.dv_stride_batch},
        {slab_v, kConsumerRows}},
   };
+  const bool ragged = is_ragged(plan.config);
   for (const auto& m : maps) {
-    if (const char* error = encode_tensor_map(m.map, m.view, m.box, type)) {
+    if (const char* error =
+            ragged ? encode_ragged_tensor_map(m.map, m.view, a.packed != 0, m.box, type)
+                   : encode_tensor_map(m.map, m.view, m.box, type)) {
       return {HOPPER_ATTENTION_CUDA_ERROR, std::string("descriptor of ") + m.name + ": " + error};
     }
   }
@@ -110,11 +113,37 @@ Status encode_descriptors(const hopper_attention_backward_args& a, const Backwar
 BackwardWorkspace place_workspace(const hopper_attention_backward_args& args,
                                   const BackwardPlan& plan) {
   const bool deterministic = args.deterministic != 0;
-  const WorkspaceLayout layout = workspace_layout(plan, deterministic);
+  const WorkspaceLayout layout = workspace_layout(plan, args.packed != 0, deterministic);
   char* base = static_cast<char*>(args.workspace);
   return {reinterpret_cast<float*>(base), reinterpret_cast<float*>(base + layout.lse_log2),
           reinterpret_cast<float*>(base + layout.delta),
           deterministic ? reinterpret_cast<unsigned int*>(base + layout.turns) : nullptr};
+}
+
+PackedLengths packed_lengths(const hopper_attention_backward_args& a) {
+  return {a.cu_seqlens_q, a.cu_seqlens_k, a.seqused_q, a.seqused_k,
+          a.batch,        a.seqlen_q,     a.seqlen_k};
+}
+
+// No entries where the batch is dense.
+KeyList place_key_list(const hopper_attention_backward_args& args, const BackwardPlan& plan) {
+  if (!args.packed) return {};
+  const WorkspaceLayout layout = workspace_layout(plan, true, args.deterministic != 0);
+  auto* const header =
+      reinterpret_cast<KeyListHeader*>(static_cast<char*>(args.workspace) + layout.key_list);
+  return {packed_lengths(args), plan.packed_order, header, reinterpret_cast<KeyEntry*>(header + 1),
+          plan.max_key_entries};
+}
+
+QueryGrid query_grid(const hopper_attention_backward_args& args, const BackwardPlan& plan) {
+  const bool packed = args.packed != 0;
+  return {args.seqlen_q,
+          args.heads,
+          packed ? 1 : args.batch,
+          plan.num_m_blocks,
+          plan.config.tile_m,
+          packed,
+          packed ? packed_lengths(args) : PackedLengths{}};
 }
 
 Status run_main(const hopper_attention_backward_args& args, const BackwardPlan& plan,
@@ -132,6 +161,7 @@ Status run_main(const hopper_attention_backward_args& args, const BackwardPlan& 
   params.softmax_scale = args.softmax_scale;
   params.cap_log2 = plan.cap_log2;
   params.inner_scale = plan.inner_scale;
+  params.list = place_key_list(args, plan);
   const BackwardLaunchSpec spec{plan.key_grid, device, static_cast<cudaStream_t>(args.stream)};
   const cudaError_t error = row.launch(params, spec);
   return error == cudaSuccess ? Status{} : cuda_failure(row.name, error);
@@ -146,12 +176,12 @@ Status run_preprocess(const hopper_attention_backward_args& a, const BackwardPla
   params.dlse = a.dlse;
   params.workspace = workspace;
   params.dq_layout = plan.dq_layout;
-  params.seqlen_q = a.seqlen_q;
-  params.heads = a.heads;
-  params.batch = a.batch;
+  params.queries = query_grid(a, plan);
   params.head_dim_v = a.head_dim_v;
-  params.num_m_blocks = plan.num_m_blocks;
   params.bfloat16 = plan.key.dtype == Dtype::kBfloat16;
+  params.list = place_key_list(a, plan);
+  params.mask = plan.mask;
+  params.tile_n = plan.config.tile_n;
   const cudaError_t error = launch_preprocess(params, static_cast<cudaStream_t>(a.stream));
   return error == cudaSuccess ? Status{} : cuda_failure("preprocess", error);
 }
@@ -162,11 +192,8 @@ Status run_convert(const hopper_attention_backward_args& a, const BackwardPlan& 
   params.dq = strided(a.dq, a.dq_stride_batch, a.dq_stride_seq, a.dq_stride_head);
   params.accumulator = workspace.dq;
   params.dq_layout = plan.dq_layout;
-  params.seqlen_q = a.seqlen_q;
-  params.heads = a.heads;
-  params.batch = a.batch;
+  params.queries = query_grid(a, plan);
   params.head_dim = a.head_dim;
-  params.num_m_blocks = plan.num_m_blocks;
   params.scale = a.softmax_scale;
   params.bfloat16 = plan.key.dtype == Dtype::kBfloat16;
   const cudaError_t error = launch_convert(params, static_cast<cudaStream_t>(a.stream));
@@ -177,8 +204,10 @@ Status run_sink(const hopper_attention_backward_args& a, const BackwardPlan& pla
                 const BackwardWorkspace& workspace) {
   if (a.dsink == nullptr) return {};
   const int padded_rows = plan.num_m_blocks * plan.config.tile_m;
-  const SinkParams params{a.sink,     workspace.lse_log2, workspace.delta, a.dsink,
-                          a.seqlen_q, padded_rows,        a.heads,         a.batch};
+  // Of a packed batch all blocks: their rows that do not ask have no P.
+  const int rows = a.packed ? padded_rows : a.seqlen_q, batch = a.packed ? 1 : a.batch;
+  const SinkParams params{a.sink, workspace.lse_log2, workspace.delta, a.dsink,
+                          rows,   padded_rows,        a.heads,         batch};
   const cudaError_t error = launch_sink(params, static_cast<cudaStream_t>(a.stream));
   return error == cudaSuccess ? Status{} : cuda_failure("sink", error);
 }
@@ -187,9 +216,10 @@ Status zero_key_gradients(const hopper_attention_backward_args& a) {
   const StridedTensor dk = strided(a.dk, a.dk_stride_batch, a.dk_stride_seq, a.dk_stride_head);
   const StridedTensor dv = strided(a.dv, a.dv_stride_batch, a.dv_stride_seq, a.dv_stride_head);
   const auto stream = static_cast<cudaStream_t>(a.stream);
-  cudaError_t error = launch_zero(dk, a.batch, a.seqlen_k, a.heads_kv, a.head_dim, stream);
+  const int batch = a.packed ? 1 : a.batch;
+  cudaError_t error = launch_zero(dk, batch, a.seqlen_k, a.heads_kv, a.head_dim, stream);
   if (error == cudaSuccess) {
-    error = launch_zero(dv, a.batch, a.seqlen_k, a.heads_kv, a.head_dim_v, stream);
+    error = launch_zero(dv, batch, a.seqlen_k, a.heads_kv, a.head_dim_v, stream);
   }
   return error == cudaSuccess ? Status{} : cuda_failure("zero", error);
 }
@@ -222,7 +252,7 @@ Status workspace_bytes(const hopper_attention_backward_args& args, std::uint64_t
   if (Status status = check_backward_shape(args); !status.ok()) return status;
   BackwardPlan plan;
   if (Status status = plan_backward(args, &plan); !status.ok()) return status;
-  *bytes = workspace_layout(plan, args.deterministic != 0).bytes;
+  *bytes = workspace_layout(plan, args.packed != 0, args.deterministic != 0).bytes;
   return {};
 }
 

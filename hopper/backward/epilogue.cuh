@@ -5,16 +5,47 @@
 
 namespace hopper_attention {
 
+// Where a block's rows of dK and dV go.
+struct GradientPlace {
+  RowOrigin origin;
+  int row;
+  int head;
+  int wrap;  // of ragged tensors
+  int used;  // rows of keys that are used; the others, if they are the sequence's, become 0
+};
+
+template <class Traits>
+CUTE_DEVICE GradientPlace gradient_place(KeyTile const& tile,
+                                         typename Traits::SharedStorage const& shared) {
+  if constexpr (Traits::kRagged) {  // anew: it need not have been kept
+    const SharedTile now = load_tile(shared.tile[0]);
+    const int row = now.n_block * Traits::kTileN;
+    return {now.dk, row, now.head_kv, now.wrap, now.seqlen_k - row};
+  } else {
+    return {tile.k, tile.n_block * Traits::kTileN, tile.head_kv, 0, Traits::kTileN};
+  }
+}
+
 // Stores rows part * kConsumerRows and on of a gradient. kRows: rows of the whole buffer, which
 // lies in slabs.
-template <class Layout, int kSlab, int kColumns, int kRows, class TiledMma, class Element,
+template <class Traits, class Layout, int kSlab, int kColumns, class TiledMma, class Element,
           class Gradient>
 CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Element* buffer,
-                                Gradient& gradient, float scale, KeyTile const& tile, int consumer,
-                                int part, int thread) {
+                                Gradient& gradient, float scale, GradientPlace const& place,
+                                int consumer, int part, int thread) {
   using namespace cute;
+  constexpr int kRows = Traits::kTileN;
   CUTE_UNROLL
   for (int i = 0; i < decltype(size(gradient))::value; ++i) gradient(i) *= scale;
+  if constexpr (Traits::kRagged) {
+    const int row = part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+    if (place.used < kRows) {
+      CUTE_UNROLL
+      for (int i = 0; i < decltype(size(gradient))::value; ++i) {
+        if (row + 8 * fragment_row(i) >= place.used) gradient(i) = 0.0f;
+      }
+    }
+  }
   Tensor rounded = make_tensor<Element>(gradient.layout());
   convert_fragment<Element>(gradient, rounded);
   Tensor shared = make_tensor(make_smem_ptr(buffer), Layout{});
@@ -24,10 +55,15 @@ CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Ele
   tma_store_fence();  // what TMA reads was written by ordinary stores
   sync_consumer(consumer);
   if (thread != 0) return;
+  const int row = place.origin.row + place.row + part * kConsumerRows;
   CUTE_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
-    SM90_TMA_STORE_4D::copy(&map, buffer + column * kRows + part * kConsumerRows * kSlab, column,
-                            tile.n_block * kRows + part * kConsumerRows, tile.head_kv, tile.batch);
+    const Element* from = buffer + column * kRows + part * kConsumerRows * kSlab;
+    if constexpr (Traits::kRagged) {
+      SM90_TMA_STORE_5D::copy(&map, from, column, row, place.head, place.origin.shift, place.wrap);
+    } else {
+      SM90_TMA_STORE_4D::copy(&map, from, column, row, place.head, place.origin.shift);
+    }
   }
   tma_store_arrive();
 }
@@ -37,8 +73,9 @@ template <class Traits, class GradientV>
 CUTE_DEVICE void store_dv(BackwardParams const& params, KeyTile const& tile,
                           typename Traits::SharedStorage& shared, int consumer, int part,
                           int thread, GradientV& rdV) {
-  store_gradient<typename Traits::LayoutV, Traits::kSlabV, Traits::kHeadDimV, Traits::kTileN>(
-      params.dv, typename Traits::MmaDv{}, shared.v, rdV, 1.0f, tile, consumer, part, thread);
+  store_gradient<Traits, typename Traits::LayoutV, Traits::kSlabV, Traits::kHeadDimV>(
+      params.dv, typename Traits::MmaDv{}, shared.v, rdV, 1.0f,
+      gradient_place<Traits>(tile, shared), consumer, part, thread);
 }
 
 // dK takes K's, when all consumers have read it for dQ.
@@ -46,9 +83,9 @@ template <class Traits, class GradientK>
 CUTE_DEVICE void store_dk(BackwardParams const& params, KeyTile const& tile,
                           typename Traits::SharedStorage& shared, int consumer, int part,
                           int thread, GradientK& rdK) {
-  store_gradient<typename Traits::LayoutK, Traits::kSlabK, Traits::kHeadDim, Traits::kTileN>(
-      params.dk, typename Traits::MmaDk{}, shared.k, rdK, params.softmax_scale, tile, consumer,
-      part, thread);
+  store_gradient<Traits, typename Traits::LayoutK, Traits::kSlabK, Traits::kHeadDim>(
+      params.dk, typename Traits::MmaDk{}, shared.k, rdK, params.softmax_scale,
+      gradient_place<Traits>(tile, shared), consumer, part, thread);
 }
 
 }  // namespace hopper_attention

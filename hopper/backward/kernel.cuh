@@ -92,8 +92,14 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.dout);
     init_barriers<Traits>(shared.barriers);
   }
+  if constexpr (Traits::kRagged) {
+    if (cutlass::canonical_warp_idx_sync() == 1) find_tile<Traits>(params, shared.tile[0]);
+  }
   __syncthreads();
-  const KeyTile tile = key_tile<Traits>(params);
+  const KeyTile tile = own_tile<Traits>(params, shared);
+  if constexpr (Traits::kRagged) {
+    if (tile.head_kv < 0) return;
+  }
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();

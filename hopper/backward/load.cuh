@@ -7,6 +7,7 @@
 #include "common/barriers.cuh"
 #include "hopper_attention/backward_budget.h"
 #include "hopper_attention/query_steps.h"
+#include "hopper_attention/ragged.h"
 
 namespace hopper_attention {
 
@@ -14,8 +15,12 @@ namespace hopper_attention {
 struct KeyTile {
   int n_block;
   int head_kv;
-  int batch;
+  int batch;  // of the workspace; 0 where first_block counts from its beginning
   BlockRange m_blocks;
+  int first_block;  // of the workspace
+  RowOrigin q;      // of Q and dO
+  RowOrigin k;      // of K and V
+  int wrap;         // of ragged tensors
 };
 
 template <class Traits>
@@ -24,8 +29,11 @@ CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
   const int n_block = key_block(params.order, work, params.last_first);
   const int begin = n_block * Traits::kTileN;
   const int end = min(begin + Traits::kTileN, params.mask.seqlen_k);
-  if (params.heads_per_kv == 0) return {n_block, work.head, work.batch, {0, 0}};
-  return {n_block, work.head, work.batch, query_blocks(params.mask, begin, end, Traits::kTileM)};
+  const BlockRange m_blocks = params.heads_per_kv == 0
+                                  ? BlockRange{0, 0}
+                                  : query_blocks(params.mask, begin, end, Traits::kTileM);
+  const RowOrigin origin{0, work.batch};
+  return {n_block, work.head, work.batch, m_blocks, 0, origin, origin, 0};
 }
 
 // Which of the (batch, heads, query blocks) blocks in the workspace.
@@ -41,19 +49,26 @@ CUTE_DEVICE std::int64_t workspace_block(BackwardParams const& params, int batch
 CUTE_DEVICE QuerySteps query_steps(BackwardParams const& params, KeyTile const& tile) {
   const int first_head = tile.head_kv * params.heads_per_kv;
   return {tile.m_blocks, params.heads_per_kv, params.num_m_blocks, params.descending,
-          workspace_block(params, tile.batch, first_head, 0)};
+          workspace_block(params, tile.batch, first_head, tile.first_block)};
 }
 
 // kRows rows, slab by slab, into consecutive shared memory. The barrier expects the bytes already.
-template <int kSlab, int kColumns, int kRows, class Element>
+template <class Traits, int kSlab, int kColumns, int kRows, class Element>
 CUTE_DEVICE void load_slabs(CUtensorMap const& map, FullBarrier& barrier,
-                            cute::TMA::CacheHintSm90 hint, Element* shared, int row, int head,
-                            int batch) {
+                            cute::TMA::CacheHintSm90 hint, Element* shared, RowOrigin origin,
+                            int row, int head, int wrap) {
+  auto* const bytes = reinterpret_cast<std::uint64_t*>(&barrier);
+  const auto policy = static_cast<std::uint64_t>(hint);
   CUTE_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier),
-                                 static_cast<std::uint64_t>(hint), shared + column * kRows, column,
-                                 row, head, batch);
+    Element* const to = shared + column * kRows;
+    if constexpr (Traits::kRagged) {
+      cute::SM90_TMA_LOAD_5D::copy(&map, bytes, policy, to, column, origin.row + row, head,
+                                   origin.shift, wrap);
+    } else {
+      cute::SM90_TMA_LOAD_4D::copy(&map, bytes, policy, to, column, origin.row + row, head,
+                                   origin.shift);
+    }
   }
 }
 
@@ -67,9 +82,9 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   auto& barriers = shared.barriers;
   auto load_statistics = [&](FullBarrier& barrier, float* to, float const* from, int head,
                              int m_block) {
-    cute::SM90_BULK_COPY_G2S::copy(from + workspace_block(params, tile.batch, head, m_block) * kM,
-                                   reinterpret_cast<std::uint64_t*>(&barrier), to,
-                                   kStatisticsBytes);
+    cute::SM90_BULK_COPY_G2S::copy(
+        from + workspace_block(params, tile.batch, head, tile.first_block + m_block) * kM,
+        reinterpret_cast<std::uint64_t*>(&barrier), to, kStatisticsBytes);
   };
   bool first = true;
   Ring<Traits::kStages> ring;
@@ -78,26 +93,30 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
     if (first) {
       barriers.k_full.arrive_and_expect_tx(kN * kD * kElementBytes);
-      load_slabs<Traits::kSlabK, kD, kN>(params.k, barriers.k_full, CacheHintSm90::EVICT_FIRST,
-                                         shared.k, tile.n_block * kN, tile.head_kv, tile.batch);
+      load_slabs<Traits, Traits::kSlabK, kD, kN>(params.k, barriers.k_full,
+                                                 CacheHintSm90::EVICT_FIRST, shared.k, tile.k,
+                                                 tile.n_block * kN, tile.head_kv, tile.wrap);
     }
     FullBarrier& q_full = barriers.q_full[stage];
     barriers.q_empty[stage].wait(ring.phase ^ 1);
     q_full.arrive_and_expect_tx(kM * kD * kElementBytes + kStatisticsBytes);
-    load_slabs<Traits::kSlab, kD, kM>(params.q, q_full, CacheHintSm90::EVICT_LAST, shared.q[stage],
-                                      m_block * kM, head, tile.batch);
+    load_slabs<Traits, Traits::kSlab, kD, kM>(params.q, q_full, CacheHintSm90::EVICT_LAST,
+                                              shared.q[stage], tile.q, m_block * kM, head,
+                                              tile.wrap);
     load_statistics(q_full, shared.lse_log2[stage], params.workspace.lse_log2, head, m_block);
     if (first) {
       barriers.v_full.arrive_and_expect_tx(kN * kDv * kElementBytes);
-      load_slabs<Traits::kSlabV, kDv, kN>(params.v, barriers.v_full, CacheHintSm90::EVICT_FIRST,
-                                          shared.v, tile.n_block * kN, tile.head_kv, tile.batch);
+      load_slabs<Traits, Traits::kSlabV, kDv, kN>(params.v, barriers.v_full,
+                                                  CacheHintSm90::EVICT_FIRST, shared.v, tile.k,
+                                                  tile.n_block * kN, tile.head_kv, tile.wrap);
       first = false;
     }
     FullBarrier& dout_full = barriers.dout_full[stage];
     barriers.dout_empty[stage].wait(ring.phase ^ 1);
     dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kStatisticsBytes);
-    load_slabs<Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
-                                        shared.dout[stage], m_block * kM, head, tile.batch);
+    load_slabs<Traits, Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
+                                                shared.dout[stage], tile.q, m_block * kM, head,
+                                                tile.wrap);
     load_statistics(dout_full, shared.delta[stage], params.workspace.delta, head, m_block);
     ring.advance();
   }

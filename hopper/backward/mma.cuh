@@ -99,7 +99,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
 
   const int first_key =
       tile.n_block * Traits::kTileN + consumer * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
-  const BlockRange plain = plain_steps<Traits>(params.mask, tile);
+  const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
@@ -127,7 +127,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     }
     exponentiate<Traits>(params, shared.lse_log2[stage], rS);
     if constexpr (!kPlain) {
-      mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+      mask_scores<Traits>(tile_mask<Traits>(params, shared), first_key, at.m_block, rS);
     }
     // As register operands P^T and dS^T have their accumulators' elements in the same order.
     using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
@@ -148,15 +148,20 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     warpgroup_fence_operand(rdV);
     arrive_warp(barriers.dout_empty[stage]);
     issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    warpgroup_wait<1>();
+    // Ahead of the adds: a branch, as in the next S's barrier, waits until they have read dQ.
+    ring.advance();
+    if constexpr (kAhead) {
+      issue_scores(ring, !at.last());
+      warpgroup_wait<2>();
+    } else {
+      warpgroup_wait<1>();
+    }
     warpgroup_fence_operand(rdQ);
     arrive_warp(barriers.ds_empty[ds_stage]);
     adder.begin();
     adder.add(rdQ, at.block, 0);
     adder.end();
-    ring.advance();
     if constexpr (kAhead) {
-      issue_scores(ring, !at.last());
       warpgroup_wait<1>();
     } else {
       warpgroup_wait<0>();

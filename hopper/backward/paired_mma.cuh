@@ -67,7 +67,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   auto adder = make_dq_adder<Traits>(params, shared, 0, thread);
 
   const int first_key = tile.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
-  const BlockRange plain = plain_steps<Traits>(params.mask, tile);
+  const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   static_assert(Traits::kStages == Traits::kDsStages, "one counter for both");
   StepCount<Traits::kStages> at_step;
   std::int64_t late_block = -1;  // of the last step, whose dQ is still to be multiplied; none yet
@@ -86,7 +86,9 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     warpgroup_fence_operand(rS);
     exponentiate<Traits>(params, shared.lse_log2[stage], rS);
     arrive_warp(barriers.q_empty[stage]);
-    if constexpr (!kPlain) mask_scores<Traits>(params.mask, first_key, at.m_block, rS);
+    if constexpr (!kPlain) {
+      mask_scores<Traits>(tile_mask<Traits>(params, shared), first_key, at.m_block, rS);
+    }
     barriers.p_empty.wait(at_step.p_phase() ^ 1);
     float4* to = p_buffer<Traits>(shared, thread);
     CUTE_UNROLL

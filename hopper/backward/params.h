@@ -4,13 +4,15 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "hopper_attention/backward_packed.h"
 #include "hopper_attention/dq_layout.h"
 #include "hopper_attention/mask.h"
 #include "hopper_attention/tile_order.h"
 
 namespace hopper_attention {
 
-// The caller's workspace. Rows are those of the query blocks: seqlen_q rounded up to tile_m.
+// The caller's workspace. Rows are those of the query blocks: seqlen_q rounded up to tile_m. For
+// packed batches `batch` is 1 and the blocks are laid out as first_query_block says.
 struct BackwardWorkspace {
   float* dq;            // (batch, heads, query blocks, DqLayout::elements())
   float* lse_log2;      // (batch, heads, rows): LSE in base 2; +inf for rows without keys and past
@@ -21,6 +23,8 @@ struct BackwardWorkspace {
 };
 
 struct BackwardParams {
+  // In kernels that serve packed batches, with the rows of ragged.h: (head_dim, row, heads, shift
+  // or batch, wrap).
   CUtensorMap q;     // (head_dim, seqlen_q, heads, batch), boxes of one slab x tile_m
   CUtensorMap dout;  // (head_dim_v, seqlen_q, heads, batch), boxes of one slab x tile_m
   CUtensorMap k;     // (head_dim, seqlen_k, heads_kv, batch), boxes of one slab x tile_n
@@ -42,6 +46,8 @@ struct BackwardParams {
   float softmax_scale;
   float cap_log2;
   float inner_scale;
+
+  KeyList list;  // of packed batches; there mask is made for the totals
 };
 
 struct BackwardLaunchSpec {
@@ -60,6 +66,17 @@ struct StridedTensor {
   std::int64_t stride_head;
 };
 
+// Which queries the kernels before and after the main one go through.
+struct QueryGrid {
+  int seqlen_q;
+  int heads;
+  int batch;  // 1 where packed
+  int num_m_blocks;
+  int tile_m;
+  bool packed;
+  PackedLengths lengths;  // where packed
+};
+
 struct PreprocessParams {
   StridedTensor out;
   StridedTensor dout;
@@ -67,23 +84,21 @@ struct PreprocessParams {
   const float* dlse;  // likewise; may be null
   BackwardWorkspace workspace;
   DqLayout dq_layout;
-  int seqlen_q;
-  int heads;
-  int batch;
+  QueryGrid queries;
   int head_dim_v;
-  int num_m_blocks;
   bool bfloat16;
+
+  KeyList list;  // of packed batches: to be made
+  Mask mask;     // for the totals
+  int tile_n;
 };
 
 struct ConvertParams {
   StridedTensor dq;
   const float* accumulator;  // BackwardWorkspace::dq
   DqLayout dq_layout;
-  int seqlen_q;
-  int heads;
-  int batch;
+  QueryGrid queries;
   int head_dim;
-  int num_m_blocks;
   float scale;
   bool bfloat16;
 };
@@ -99,7 +114,8 @@ struct SinkParams {
   int batch;
 };
 
-// Before the main kernel: delta, LSE in base 2, and zeros where it adds. After it: dQ in 16 bits.
+// Before the main kernel: delta, LSE in base 2, zeros where it adds, and the list of key blocks.
+// After it: dQ in 16 bits.
 cudaError_t launch_preprocess(const PreprocessParams& params, cudaStream_t stream);
 cudaError_t launch_convert(const ConvertParams& params, cudaStream_t stream);
 

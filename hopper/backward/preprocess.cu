@@ -1,10 +1,12 @@
-// What runs before the main kernel: delta, LSE in base 2, zeros where it adds.
+// What runs before the main kernel: delta, LSE in base 2, zeros where it adds, and for packed
+// batches the list of key blocks.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cmath>
 
-#include "backward/params.h"
+#include "backward/list_keys.cuh"
+#include "backward/query_block.cuh"
 
 namespace hopper_attention {
 namespace {
@@ -35,17 +37,24 @@ __device__ uint4 load(StridedTensor const& tensor, int batch, int row, int head,
   return *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
 }
 
-// A block a block of queries; kLanes threads a row.
-template <class Pair, int kLanes>
+// A block a block of queries; kLanes threads a row. kPacked: the first block makes the list.
+template <class Pair, int kLanes, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     preprocess_kernel(__grid_constant__ const PreprocessParams params) {
-  const int m_block = blockIdx.x % params.num_m_blocks;
-  const int pair = blockIdx.x / params.num_m_blocks;  // batch * heads + head
-  const int head = pair % params.heads, batch = pair / params.heads;
-  const int tile_m = params.dq_layout.tile_m;
-  const std::int64_t block = blockIdx.x;
+  extern __shared__ int place_of[];
+  if (kPacked && blockIdx.x == 0) {
+    const KeyListJob job{params.list, params.mask, params.queries.tile_m, params.tile_n,
+                         params.workspace.turns != nullptr};
+    list_key_blocks<kThreads>(job, place_of);
+    return;
+  }
+  const int block_idx = kPacked ? blockIdx.x - 1 : blockIdx.x;
+  const QueryBlock own = query_block<kPacked>(params.queries, block_idx);
+  const int tile_m = params.queries.tile_m;
+  const std::int64_t block = block_idx;
 
-  const int dq_groups = params.dq_layout.elements() / 4;
+  // Where no row asks only the sinks' gradient reads the block: its statistics.
+  const int dq_groups = own.used > 0 ? params.dq_layout.elements() / 4 : 0;
   float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
   for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
   if (params.workspace.turns != nullptr && threadIdx.x == 0) {
@@ -54,12 +63,12 @@ __global__ void __launch_bounds__(kThreads)
 
   const int column = threadIdx.x % kLanes * 8;
   for (int local = threadIdx.x / kLanes; local < tile_m; local += kThreads / kLanes) {
-    const int row = m_block * tile_m + local;
-    const bool exists = row < params.seqlen_q;
+    const int row = own.row + local;
+    const bool exists = local < own.used;
     float delta = 0.0f;
     if (exists && column < params.head_dim_v) {
-      delta = dot<Pair>(load(params.out, batch, row, head, column),
-                        load(params.dout, batch, row, head, column));
+      delta = dot<Pair>(load(params.out, own.batch, row, own.head, column),
+                        load(params.dout, own.batch, row, own.head, column));
     }
 #pragma unroll
     for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
@@ -67,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
       delta += __shfl_xor_sync(0xffffffff, delta, lanes);
     }
     if (column != 0) continue;
-    const std::int64_t from = static_cast<std::int64_t>(pair) * params.seqlen_q + row;
+    const std::int64_t from = own.lse + local;
     const std::int64_t to = block * tile_m + local;
     const float lse = exists ? params.lse[from] : -INFINITY;
     if (exists && params.dlse != nullptr) delta -= params.dlse[from];
@@ -76,14 +85,26 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <class Pair>
-void launch(const PreprocessParams& params, int grid, cudaStream_t stream) {
+template <class Pair, bool kPacked>
+void launch(const PreprocessParams& params, cudaStream_t stream) {
+  const QueryGrid& queries = params.queries;
+  const int grid = queries.num_m_blocks * queries.heads * queries.batch + (kPacked ? 1 : 0);
+  const int bytes = kPacked ? kListCounters * static_cast<int>(sizeof(int)) : 0;
   if (params.head_dim_v <= 64) {
-    preprocess_kernel<Pair, 8><<<grid, kThreads, 0, stream>>>(params);
+    preprocess_kernel<Pair, 8, kPacked><<<grid, kThreads, bytes, stream>>>(params);
   } else if (params.head_dim_v <= 128) {
-    preprocess_kernel<Pair, 16><<<grid, kThreads, 0, stream>>>(params);
+    preprocess_kernel<Pair, 16, kPacked><<<grid, kThreads, bytes, stream>>>(params);
   } else {
-    preprocess_kernel<Pair, 32><<<grid, kThreads, 0, stream>>>(params);
+    preprocess_kernel<Pair, 32, kPacked><<<grid, kThreads, bytes, stream>>>(params);
+  }
+}
+
+template <class Pair>
+void launch(const PreprocessParams& params, cudaStream_t stream) {
+  if (params.queries.packed) {
+    launch<Pair, true>(params, stream);
+  } else {
+    launch<Pair, false>(params, stream);
   }
 }
 
@@ -110,11 +131,10 @@ cudaError_t launch_zero(const StridedTensor& tensor, int batch, int seqlen, int 
 }
 
 cudaError_t launch_preprocess(const PreprocessParams& params, cudaStream_t stream) {
-  const int grid = params.num_m_blocks * params.heads * params.batch;
   if (params.bfloat16) {
-    launch<__nv_bfloat162>(params, grid, stream);
+    launch<__nv_bfloat162>(params, stream);
   } else {
-    launch<__half2>(params, grid, stream);
+    launch<__half2>(params, stream);
   }
   return cudaPeekAtLastError();
 }

@@ -52,21 +52,14 @@ std::uint64_t align(std::uint64_t bytes) {
   return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
 }
 
-int count_blocks(int length, int tile) {
-  return static_cast<int>((static_cast<std::int64_t>(length) + tile - 1) / tile);
+// Of one sequence, or at most of a packed batch.
+std::int64_t count_blocks(const hopper_attention_backward_args& args, int length, int tile) {
+  if (args.packed) return length > 0 ? max_blocks(length, args.batch, tile) : 0;
+  return (static_cast<std::int64_t>(length) + tile - 1) / tile;
 }
 
-}  // namespace
-
-Status check_backward_shape(const hopper_attention_backward_args& args) {
-  if (args.dtype != HOPPER_ATTENTION_FLOAT16 && args.dtype != HOPPER_ATTENTION_BFLOAT16) {
-    return Status::invalid("dtype is " + std::to_string(args.dtype) +
-                           "; allowed are 0 (float16) and 1 (bfloat16)");
-  }
-  if (args.deterministic != 0 && args.deterministic != 1) {
-    return Status::invalid("deterministic is " + std::to_string(args.deterministic) +
-                           "; allowed are 0 and 1");
-  }
+// The fields of a forward call that a backward call has too.
+hopper_attention_forward_args shared_fields(const hopper_attention_backward_args& args) {
   hopper_attention_forward_args forward{};
   forward.dtype = args.dtype;
   forward.batch = args.batch;
@@ -81,11 +74,31 @@ Status check_backward_shape(const hopper_attention_backward_args& args) {
   forward.causal = args.causal;
   forward.window_left = args.window_left;
   forward.window_right = args.window_right;
-  return check_forward_shape(forward);
+  forward.packed = args.packed;
+  forward.cu_seqlens_q = args.cu_seqlens_q;
+  forward.cu_seqlens_k = args.cu_seqlens_k;
+  forward.seqused_q = args.seqused_q;
+  forward.seqused_k = args.seqused_k;
+  return forward;
+}
+
+}  // namespace
+
+Status check_backward_shape(const hopper_attention_backward_args& args) {
+  if (args.dtype != HOPPER_ATTENTION_FLOAT16 && args.dtype != HOPPER_ATTENTION_BFLOAT16) {
+    return Status::invalid("dtype is " + std::to_string(args.dtype) +
+                           "; allowed are 0 (float16) and 1 (bfloat16)");
+  }
+  if (args.deterministic != 0 && args.deterministic != 1) {
+    return Status::invalid("deterministic is " + std::to_string(args.deterministic) +
+                           "; allowed are 0 and 1");
+  }
+  return check_forward_shape(shared_fields(args));
 }
 
 Status check_backward_tensors(const hopper_attention_backward_args& a) {
-  const int b = a.batch, s_q = a.seqlen_q, s_k = a.seqlen_k, h = a.heads, h_kv = a.heads_kv;
+  const int b = a.packed ? 1 : a.batch, s_q = a.seqlen_q, s_k = a.seqlen_k, h = a.heads,
+            h_kv = a.heads_kv;
   const TensorField tensors[] = {
       {"q", a.q, {a.q_stride_batch, a.q_stride_seq, a.q_stride_head}, {b, s_q, h}},
       {"k", a.k, {a.k_stride_batch, a.k_stride_seq, a.k_stride_head}, {b, s_k, h_kv}},
@@ -111,7 +124,7 @@ Status check_backward_tensors(const hopper_attention_backward_args& a) {
   if (rows && (a.workspace == nullptr || !aligned)) {
     return Status::invalid("workspace is null or not aligned to 128 bytes");
   }
-  return {};
+  return a.packed ? check_packed_tensors(shared_fields(a)) : Status{};
 }
 
 Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan) {
@@ -126,58 +139,70 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
       tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
   plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
                capped              ? MaskKind::kCapped
+               : args.packed       ? MaskKind::kPacked
                : plan->mask.full() ? MaskKind::kFull
                                    : MaskKind::kMasked};
   plan->config = make_backward_config(plan->key);
   plan->dq_layout = make_dq_layout(plan->config);
 
-  const int n_blocks = count_blocks(args.seqlen_k, plan->config.tile_n);
-  plan->num_m_blocks = count_blocks(args.seqlen_q, plan->config.tile_m);
-  const double query_blocks = static_cast<double>(plan->num_m_blocks) * args.heads * args.batch;
-  const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * args.batch;
-  if (query_blocks > INT_MAX || key_blocks > INT_MAX) {
+  const std::int64_t m_blocks = count_blocks(args, args.seqlen_q, plan->config.tile_m);
+  const std::int64_t n_blocks = count_blocks(args, args.seqlen_k, plan->config.tile_n);
+  const int batch = args.packed ? 1 : args.batch;
+  const double query_blocks = static_cast<double>(m_blocks) * args.heads * batch;
+  const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * batch;
+  const double padded_rows = static_cast<double>(m_blocks) * plan->config.tile_m;
+  if (query_blocks >= INT_MAX || key_blocks >= INT_MAX || padded_rows >= INT_MAX) {
     return Status::invalid("batch x heads x seqlen is too large: more than 2^31 tiles of " +
                            std::to_string(plan->config.tile_m) + " queries or " +
                            std::to_string(plan->config.tile_n) + " keys");
   }
-  plan->query_grid = plan->num_m_blocks * args.heads * args.batch;
-  plan->key_grid = n_blocks * args.heads_kv * args.batch;
+  plan->num_m_blocks = static_cast<int>(m_blocks);
+  plan->max_key_entries = static_cast<int>(n_blocks);
+  plan->query_grid = plan->num_m_blocks * args.heads * batch;
+  plan->key_grid = plan->max_key_entries * args.heads_kv * batch;
   // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
   const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
-  const std::int64_t streamed = static_cast<std::int64_t>(args.seqlen_q) * group *
-                                (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
+  const std::int64_t query_bytes =
+      static_cast<std::int64_t>(group) * (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
   // Adds in a fixed order form a chain from key block to key block. Without a mask all blocks of a
   // head start at the same query block, and several heads in turn are that many chains, each the
   // shorter. With one, blocks start on their own diagonal in the order of the turns, from the last
   // key block to the first, so shortest first: the next head's short ones fill the gaps, and heads
   // that L2 does not hold cost more than the chain. But in a group of query heads the shorter
   // blocks run ahead into the next head, out of L2's reach. So groups descend through the query
-  // blocks together, in the order that is longest first.
+  // blocks together, in the order that is longest first. Packed batches have a list, which gives a
+  // sequence's blocks from the last to the first.
   const bool ordered = args.deterministic != 0;
   const bool masked = plan->key.mask != MaskKind::kFull;
-  plan->descending = ordered && masked && group > 1;
+  plan->descending = ordered && masked && group > 1 && !args.packed;
   plan->last_first = ordered && masked && !plan->descending;
-  const int blocks_per_head = n_blocks > 0 ? n_blocks : 1;
-  const int for_tail = (kMinGroupBlocks + blocks_per_head - 1) / blocks_per_head;
-  int min_group = for_tail;
+  const std::int64_t blocks_per_head = n_blocks > 0 ? n_blocks : 1;
+  const std::int64_t for_tail = (kMinGroupBlocks + blocks_per_head - 1) / blocks_per_head;
+  std::int64_t min_group = for_tail;
   if (ordered && !masked) min_group = for_tail > kMinOrderedHeads ? for_tail : kMinOrderedHeads;
   if (plan->last_first) min_group = 1;
-  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, args.batch, plan->config.tile_n,
-                                masked || ordered, streamed, 1, min_group);
+  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, batch, plan->config.tile_n,
+                                masked || ordered, args.seqlen_q * query_bytes, 1, min_group);
+  if (args.packed && args.heads > 0) {
+    plan->packed_order =
+        make_key_order(args.seqlen_q, plan->max_key_entries, args.heads_kv, query_bytes,
+                       kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
+  }
   return {};
 }
 
-WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool deterministic) {
+WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool packed, bool deterministic) {
   const std::uint64_t blocks = static_cast<std::uint64_t>(plan.query_grid);
   const std::uint64_t rows = blocks * plan.config.tile_m;
   WorkspaceLayout layout{};
   layout.lse_log2 = align(blocks * plan.dq_layout.elements() * sizeof(float));
   layout.delta = layout.lse_log2 + align(rows * sizeof(float));
   layout.turns = layout.delta + align(rows * sizeof(float));
-  layout.bytes = layout.turns;
+  layout.key_list = layout.turns;
   if (deterministic) {
-    layout.bytes += align(blocks * sizeof(unsigned int));
+    layout.key_list += align(blocks * sizeof(unsigned int));
   }
+  layout.bytes = layout.key_list + (packed ? align(key_list_bytes(plan.max_key_entries)) : 0);
   return layout;
 }
 

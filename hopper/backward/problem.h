@@ -5,6 +5,7 @@
 
 #include "hopper_attention/abi.h"
 #include "hopper_attention/backward_config.h"
+#include "hopper_attention/backward_packed.h"
 #include "hopper_attention/dq_layout.h"
 #include "hopper_attention/mask.h"
 #include "hopper_attention/tile_order.h"
@@ -18,11 +19,13 @@ struct BackwardPlan {
   Mask mask;
   TileOrder order;  // of key blocks and KV heads
   DqLayout dq_layout;
-  bool descending;   // QuerySteps'
-  bool last_first;   // key_block's and add_turn's
-  int num_m_blocks;  // a (batch, head)
-  int query_grid;    // blocks of queries in all
-  int key_grid;      // blocks of keys in all
+  bool descending;           // QuerySteps'
+  bool last_first;           // key_block's and add_turn's
+  int num_m_blocks;          // a (batch, head); of a packed batch a head, at most
+  int query_grid;            // blocks of queries in all
+  int key_grid;              // blocks of keys in all
+  PackedOrder packed_order;  // of a packed batch, as is the rest
+  int max_key_entries;       // key blocks a KV head, at most
   float scale_log2;
   float cap_log2;
   float inner_scale;
@@ -33,6 +36,7 @@ struct WorkspaceLayout {
   std::uint64_t lse_log2;
   std::uint64_t delta;
   std::uint64_t turns;
+  std::uint64_t key_list;
   std::uint64_t bytes;
 };
 
@@ -45,6 +49,6 @@ Status check_backward_tensors(const hopper_attention_backward_args& args);
 // For arguments whose shape was checked.
 Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan);
 
-WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool deterministic);
+WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool packed, bool deterministic);
 
 }  // namespace hopper_attention

@@ -12,8 +12,22 @@
 #include "common/barriers.cuh"
 #include "hopper_attention/backward_budget.h"
 #include "hopper_attention/dq_layout.h"
+#include "hopper_attention/ragged.h"
 
 namespace hopper_attention {
+
+// What a block that finds its keys in a list has found: its KeyTile, and its sequence's lengths.
+struct alignas(16) SharedTile {
+  int n_block;
+  int head_kv;  // negative: nothing to do
+  int first_block;
+  int wrap;
+  RowOrigin q;
+  RowOrigin k;
+  RowOrigin dk;
+  int seqlen_q;
+  int seqlen_k;
+};
 
 // Instance is a struct with `static constexpr BackwardConfig kConfig`.
 template <class Instance>
@@ -31,6 +45,7 @@ struct BackwardTraits {
   static constexpr int kDsStages = kConfig.ds_stages;
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
+  static constexpr bool kRagged = is_ragged(kConfig);
   static constexpr bool kCapped = kConfig.key.mask == MaskKind::kCapped;
   static constexpr bool kAheadScores = kConfig.ahead_scores;
   static constexpr bool kPaired = is_paired(kConfig);
@@ -152,8 +167,10 @@ struct BackwardTraits {
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
     float delta[kStages][kTileM];
+    SharedTile tile[kRagged ? 1 : 0];
     Barriers barriers;
   };
+  static_assert(!kRagged || sizeof(SharedTile) == tile_bytes(kConfig), "three 16-byte loads");
   static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget counts every byte");
 };
 

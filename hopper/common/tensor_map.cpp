@@ -2,6 +2,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include "hopper_attention/ragged.h"
+
 namespace hopper_attention {
 namespace {
 
@@ -41,26 +43,53 @@ constexpr CUtensorMapSwizzle swizzle(int bytes) {
   return bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_32B;
 }
 
+// sizes: kRank of them; strides: of all but the first.
+template <int kRank>
+const char* encode(CUtensorMap* map, const void* data, const cuuint64_t (&sizes)[kRank],
+                   const cuuint64_t (&strides)[kRank - 1], TensorBox box, TensorType type) {
+  static const EncodeTiled encode_tiled = find_encode_tiled();
+  if (encode_tiled == nullptr) {
+    return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer)";
+  }
+  cuuint32_t box_sizes[kRank], steps[kRank];
+  for (int i = 0; i < kRank; ++i) box_sizes[i] = steps[i] = 1;
+  box_sizes[0] = static_cast<cuuint32_t>(box.columns);
+  box_sizes[1] = static_cast<cuuint32_t>(box.rows);
+  const CUresult result =
+      encode_tiled(map, data_type(type), kRank, const_cast<void*>(data), sizes, strides, box_sizes,
+                   steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle(box.columns * bytes_of(type)),
+                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor";
+}
+
 }  // namespace
 
 const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
                               TensorType type) {
-  static const EncodeTiled encode = find_encode_tiled();
-  if (encode == nullptr) return "the driver has no cuTensorMapEncodeTiled (CUDA 12.0 or newer)";
   const cuuint64_t sizes[] = {
       static_cast<cuuint64_t>(view.head_dim), static_cast<cuuint64_t>(view.seqlen),
       static_cast<cuuint64_t>(view.heads), static_cast<cuuint64_t>(view.batch)};
   const cuuint64_t strides[] = {byte_stride(view.seqlen, view.stride_seq, type),
                                 byte_stride(view.heads, view.stride_head, type),
                                 byte_stride(view.batch, view.stride_batch, type)};
-  const cuuint32_t box_sizes[] = {static_cast<cuuint32_t>(box.columns),
-                                  static_cast<cuuint32_t>(box.rows), 1, 1};
-  const cuuint32_t steps[] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, data_type(type), 4, const_cast<void*>(view.data), sizes, strides, box_sizes,
-             steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle(box.columns * bytes_of(type)),
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused the tensor";
+  return encode<4>(map, view.data, sizes, strides, box, type);
+}
+
+const char* encode_ragged_tensor_map(CUtensorMap* map, const TensorView& view, bool packed,
+                                     TensorBox box, TensorType type) {
+  const cuuint64_t row = byte_stride(view.seqlen, view.stride_seq, type);
+  const cuuint64_t head = byte_stride(view.heads, view.stride_head, type);
+  const auto columns = static_cast<cuuint64_t>(view.head_dim);
+  const auto heads = static_cast<cuuint64_t>(view.heads);
+  if (packed) {
+    const cuuint64_t sizes[] = {columns, kRaggedRows, heads, kMaxShift, kMaxShift};
+    const cuuint64_t strides[] = {row, head, row, wrap_stride(row)};
+    return encode<5>(map, view.data, sizes, strides, box, type);
+  }
+  const cuuint64_t sizes[] = {columns, static_cast<cuuint64_t>(view.seqlen), heads,
+                              static_cast<cuuint64_t>(view.batch), 1};
+  const cuuint64_t strides[] = {row, head, byte_stride(view.batch, view.stride_batch, type), 16};
+  return encode<5>(map, view.data, sizes, strides, box, type);
 }
 
 }  // namespace hopper_attention

@@ -32,4 +32,10 @@ struct TensorBox {
 const char* encode_tensor_map(CUtensorMap* map, const TensorView& view, TensorBox box,
                               TensorType type);
 
+// Likewise with the dimensions (head_dim, row, heads, shift, wrap) of ragged.h, for a tensor of
+// sequences of any lengths (its batch is not taken). Not packed: (head_dim, seqlen, heads, batch,
+// 1) for the same kernels.
+const char* encode_ragged_tensor_map(CUtensorMap* map, const TensorView& view, bool packed,
+                                     TensorBox box, TensorType type);
+
 }  // namespace hopper_attention

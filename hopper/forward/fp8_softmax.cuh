@@ -13,10 +13,11 @@ template <class Traits>
 inline constexpr float kSlack = Traits::kOnes ? kMaximumSlack : 0.0f;
 
 // 2^x within 0.3%, a twentieth of e4m3's half step, by a polynomial of degree 2 (least squares, of
-// mean 0) on the FMA pipes. NaN stays NaN; x below -126 counts as -126.
+// mean 0) on the FMA pipes. NaN stays NaN. From -126.5 down the result is 0: the maximum with -127
+// leaves an exponent of 0. A row without keys is known by its sum of 0.
 CUTE_DEVICE float exp2_by_fma(float x) {
   float y;
-  asm("max.NaN.f32 %0, %1, 0fC2FC0000;" : "=f"(y) : "f"(x));
+  asm("max.NaN.f32 %0, %1, 0fC2FE0000;" : "=f"(y) : "f"(x));
   constexpr float kRound = 0x1.8p23f + 127.0f;  // brings n + 127 to the lowest bits
   const float shifted = y + kRound;
   const float fraction = y - (shifted - kRound);  // -1/2 to 1/2

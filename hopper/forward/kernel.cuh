@@ -80,7 +80,8 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     Tensor rO = partition_fragment_C(Mma{}, Shape<typename Traits::M, Int<Traits::kOColumns>>{});
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
                    q_phase, softmax, rO);
-    thread = fresh_thread() % kWarpgroupThreads;
+    // Else addresses made of it would last through the products; without masks there is room.
+    if constexpr (Traits::kMasked) thread = fresh_thread() % kWarpgroupThreads;
     const TileMessage done = sink.tile(shared.barriers);
     finish_fp8<Traits>(params, shared, softmax, rO, done, consumer, thread, lse);
     store_fp8_output<Traits>(params, shared, rO, done.tile, first_row, consumer, thread);

@@ -47,7 +47,11 @@ CUTE_DEVICE void convert_probabilities(Scores const& s, Probabilities& p) {
 // Of a tile's blocks, those that rows first_row and on of one consumer see.
 template <class Traits>
 CUTE_DEVICE BlockRange own_blocks(Mask const& mask, BlockRange blocks, int first_row) {
-  if constexpr (!consumers_differ(Traits::kConfig)) return blocks;
+  if constexpr (!consumers_differ(Traits::kConfig)) {
+    // Of short sequences the second consumer often has no row.
+    if (Traits::kPacked && first_row >= mask.seqlen_q) return {blocks.begin, blocks.begin};
+    return blocks;
+  }
   BlockRange own = blocks;
   if constexpr (Traits::kMasked) {
     const int row_end = min(first_row + kConsumerRows, mask.seqlen_q);

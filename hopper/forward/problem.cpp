@@ -102,26 +102,6 @@ Status check_packed_fields(const hopper_attention_forward_args& a) {
   return {};
 }
 
-Status check_packed_tensors(const hopper_attention_forward_args& a) {
-  const struct {
-    const char* name;
-    const void* data;
-    bool needed;
-  } lengths[] = {{"cu_seqlens_q", a.cu_seqlens_q, true},
-                 {"cu_seqlens_k", a.cu_seqlens_k, true},
-                 {"seqused_q", a.seqused_q, false},
-                 {"seqused_k", a.seqused_k, false}};
-  for (const auto& tensor : lengths) {
-    if (tensor.needed && tensor.data == nullptr) {
-      return Status::invalid(std::string(tensor.name) + " is null");
-    }
-    if (reinterpret_cast<std::uintptr_t>(tensor.data) % 4 != 0) {
-      return Status::invalid(std::string(tensor.name) + " is not aligned to 4 bytes");
-    }
-  }
-  return {};
-}
-
 // How far a token's index is shifted to find its scale's.
 int scale_shift(int tokens) {
   if (tokens == 0) return 31;
@@ -189,6 +169,26 @@ Status check_forward_shape(const hopper_attention_forward_args& args) {
   }
   if (Status status = check_packed_fields(args); !status.ok()) return status;
   return check_fp8_fields(args);
+}
+
+Status check_packed_tensors(const hopper_attention_forward_args& a) {
+  const struct {
+    const char* name;
+    const void* data;
+    bool needed;
+  } lengths[] = {{"cu_seqlens_q", a.cu_seqlens_q, true},
+                 {"cu_seqlens_k", a.cu_seqlens_k, true},
+                 {"seqused_q", a.seqused_q, false},
+                 {"seqused_k", a.seqused_k, false}};
+  for (const auto& tensor : lengths) {
+    if (tensor.needed && tensor.data == nullptr) {
+      return Status::invalid(std::string(tensor.name) + " is null");
+    }
+    if (reinterpret_cast<std::uintptr_t>(tensor.data) % 4 != 0) {
+      return Status::invalid(std::string(tensor.name) + " is not aligned to 4 bytes");
+    }
+  }
+  return {};
 }
 
 Status check_forward_tensors(const hopper_attention_forward_args& a) {

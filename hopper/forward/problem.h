@@ -34,6 +34,9 @@ Status check_forward_shape(const hopper_attention_forward_args& args);
 // Checks pointers, their alignment and strides, as TMA wants them.
 Status check_forward_tensors(const hopper_attention_forward_args& args);
 
+// The part of it that packed batches have: lengths on the device.
+Status check_packed_tensors(const hopper_attention_forward_args& args);
+
 // For arguments whose shape was checked. num_sms: multiprocessors of the device.
 Status plan_forward(const hopper_attention_forward_args& args, int num_sms, ForwardPlan* plan);
 

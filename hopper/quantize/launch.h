@@ -1,11 +1,18 @@
-// Launches of the quantizer's kernels.
+// The launch of the quantizer's kernel.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include "quantize/params.h"
 
 namespace hopper_attention {
+
+// TMA descriptors, by QuantizeWhich; those that nobody uses are empty.
+struct QuantizeMaps {
+  CUtensorMap in[3];   // (head_dim, seqlen, heads, batch), boxes of 64 channels x 128 tokens
+  CUtensorMap out[3];  // likewise, boxes of a warp's rows x up to 128 channels; no transposed V
+};
 
 struct QuantizeLaunch {
   int tile;       // head dimension that the instance is compiled for: 64, 128 or 256
@@ -15,11 +22,18 @@ struct QuantizeLaunch {
   cudaStream_t stream;
 };
 
-// First pass: the largest values and the sums over blocks that params asks for.
-cudaError_t launch_quantize_stats(const QuantizeParams& params, const QuantizeLaunch& launch);
-// K's sums over blocks to its mean.
-cudaError_t launch_quantize_mean(const QuantizeParams& params, const QuantizeLaunch& launch);
-// Second pass: the quantized tensors and their scales.
-cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeLaunch& launch);
+// What the host must know of an instance.
+struct QuantizeGeometry {
+  int rows_of_warp;  // tokens of a tile that a warp writes
+  int blocks_per_sm;
+  int stages;  // tiles that a block loads ahead
+};
+
+constexpr QuantizeGeometry quantize_geometry(int tile) {
+  return {2048 / tile, tile == 256 ? 1 : 2, tile == 64 ? 5 : 2};
+}
+
+cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeMaps& maps,
+                            const QuantizeLaunch& launch);
 
 }  // namespace hopper_attention

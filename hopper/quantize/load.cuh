@@ -5,44 +5,27 @@
 
 namespace hopper_attention {
 
-__device__ inline void copy_async(uint4* to, const void* from, bool valid) {
-  const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(from),
-               "r"(valid ? 16 : 0)
-               : "memory");
-}
-
-// For tensors whose address or strides are no multiples of 16 bytes.
-__device__ inline void copy_unaligned(uint4* to, const std::uint16_t* from, bool valid) {
-  auto* elements = reinterpret_cast<std::uint16_t*>(to);
-#pragma unroll 1
-  for (int e = 0; e < 8; ++e) elements[e] = valid ? __ldg(from + e) : std::uint16_t{0};
-}
-
-// Starts the copies of a task's vectors, each thread its own; places past the end become 0.
+// For tensors that TMA cannot read: the team fetches its tile itself; places past the end become 0.
 template <class Shape>
-__device__ void start_loads(const QuantizeParams& params, const Task& task,
-                            uint4 (&stage)[4][Shape::kThreads]) {
-  const QuantizeTensor& tensor = params.tensors[task.which];
-  const RowPlace<Shape> by_row;
-  const ColumnPlace<Shape> by_column;
-  const bool columns = task.which == kV;
+__device__ void load_unaligned(const QuantizeTensor& tensor, const Task& task, uint4* stage) {
   const auto* base = static_cast<const std::uint16_t*>(tensor.in) +
                      task.head * tensor.in_stride_head + task.memory * tensor.in_stride_seq;
   if (tensor.cu_seqlens == nullptr) base += task.sequence * tensor.in_stride_batch;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int row = columns ? by_column.row(i) : by_row.row;
-    const int vector = columns ? by_column.vector : by_row.vector(i);
+#pragma unroll 1
+  for (int at = team_thread<Shape>(); at < kQuantizeTokens * Shape::kVectors;
+       at += Shape::kTeamThreads) {
+    const int row = at / Shape::kVectors, vector = at % Shape::kVectors;
     const bool valid = row < task.rows && 8 * vector < tensor.head_dim;
-    const auto* from = valid ? base + row * tensor.in_stride_seq + 8 * vector
-                             : static_cast<const std::uint16_t*>(tensor.in);
-    if (tensor.aligned) {
-      copy_async(&stage[i][by_row.thread], from, valid);
-    } else {
-      copy_unaligned(&stage[i][by_row.thread], from, valid);
+    const std::uint16_t* from = base + row * tensor.in_stride_seq + 8 * vector;
+    std::uint32_t words[4] = {};
+    if (valid) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) words[w] = __ldg(from + 2 * w) | __ldg(from + 2 * w + 1) << 16;
     }
+    stage[vector_place(row, vector)] = {words[0], words[1], words[2], words[3]};
   }
+  cute::tma_store_fence();  // the copy engine will write here next
+  sync_team<Shape>();
 }
 
 __device__ inline void unpack(std::uint32_t pair, float& low, float& high, __nv_bfloat16) {
@@ -64,13 +47,6 @@ __device__ void unpack(const uint4& vector, float (&x)[8]) {
   unpack(vector.w, x[6], x[7], Element{});
 }
 
-template <class Shape>
-__device__ void load_columns(const uint4 (&stage)[4][Shape::kThreads], float (&x)[4][8]) {
-  const int thread = thread_idx();
-#pragma unroll
-  for (int i = 0; i < 4; ++i) unpack<typename Shape::Element>(stage[i][thread], x[i]);
-}
-
 __device__ inline uint4 flip(uint4 vector, const uint4& signs) {
   return {vector.x ^ signs.x, vector.y ^ signs.y, vector.z ^ signs.z, vector.w ^ signs.w};
 }
@@ -81,19 +57,20 @@ __device__ inline void flip(float& low, float& high, std::uint32_t signs) {
   high = __uint_as_float(__float_as_uint(high) ^ (signs & 0x80000000u));
 }
 
-// The position that rotary embedding gives to a row of q or k.
-__device__ inline std::int64_t rotary_position(const QuantizeParams& params, const Task& task,
-                                               int row) {
+// The position that rotary embedding gives to a row of q or k; below 0 where its tables have none.
+__device__ inline int rotary_position(const QuantizeParams& params, const Task& task, int row) {
   const QuantizeRotary& rotary = params.rotary;
-  const std::int64_t token = static_cast<std::int64_t>(task.first) + row;
-  if (task.which == kK) return token + rotary.k_offset;
-  if (!rotary.q_aligned) return token + rotary.q_offset;
-  const QuantizeTensor& k = params.tensors[kK];
-  int seqlen_k = k.seqlen;
-  if (k.cu_seqlens != nullptr) {
-    seqlen_k = __ldg(k.cu_seqlens + task.sequence + 1) - __ldg(k.cu_seqlens + task.sequence);
+  std::int64_t position = static_cast<std::int64_t>(task.first) + row;
+  position += task.which == kK ? rotary.k_offset : rotary.q_offset;
+  if (task.which == kQ && rotary.q_aligned) {
+    const QuantizeTensor& k = params.tensors[kK];
+    int seqlen_k = k.seqlen;
+    if (k.cu_seqlens != nullptr) {
+      seqlen_k = __ldg(k.cu_seqlens + task.sequence + 1) - __ldg(k.cu_seqlens + task.sequence);
+    }
+    position += seqlen_k - task.seqlen;
   }
-  return token + rotary.q_offset + seqlen_k - task.seqlen;
+  return position >= 0 && position < rotary.max_len ? static_cast<int>(position) : -1;
 }
 
 __device__ inline void load_floats(const float* from, float (&to)[4]) {
@@ -103,79 +80,103 @@ __device__ inline void load_floats(const float* from, float (&to)[4]) {
 
 // Turns one vector of a row. partner is the vector that holds the other halves of its pairs.
 template <class Element>
-__device__ void rotate_pairs(const QuantizeRotary& rotary, std::int64_t position, int vector,
-                             const uint4* partner, float (&x)[8]) {
+__device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vector,
+                             const uint4& partner, float (&x)[8]) {
   const int half = rotary.dim / 2;
-  if (rotary.interleaved) {
-    const std::int64_t at = position * half + 4 * vector;
-    float c[4], s[4];
-    load_floats(rotary.cos + at, c);
-    load_floats(rotary.sin + at, s);
-#pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float first = x[2 * m], second = x[2 * m + 1];
-      x[2 * m] = first * c[m] - second * s[m];
-      x[2 * m + 1] = second * c[m] + first * s[m];
-    }
-    return;
-  }
   const bool is_first = 8 * vector < half;
-  const std::int64_t at = position * half + 8 * vector - (is_first ? 0 : half);
+  const int pair = rotary.interleaved ? 4 * vector : is_first ? 8 * vector : 8 * vector - half;
+  const std::int64_t at = static_cast<std::int64_t>(position) * half + pair;
+  const float *cosines = rotary.cos + at, *sines = rotary.sin + at;
 #pragma unroll
   for (int part = 0; part < 8; part += 4) {
-    float c[4], s[4], other[4];
-    load_floats(rotary.cos + at + part, c);
-    load_floats(rotary.sin + at + part, s);
-    const uint2 pairs = reinterpret_cast<const uint2*>(partner)[part / 4];
-    unpack(pairs.x, other[0], other[1], Element{});
-    unpack(pairs.y, other[2], other[3], Element{});
+    float other[4], c[4], s[4];
+    if (rotary.interleaved) {
+      const float2 cosine = __ldg(reinterpret_cast<const float2*>(cosines + part / 2));
+      const float2 sine = __ldg(reinterpret_cast<const float2*>(sines + part / 2));
+      c[0] = c[1] = cosine.x, c[2] = c[3] = cosine.y;
+      s[0] = -sine.x, s[1] = sine.x, s[2] = -sine.y, s[3] = sine.y;
 #pragma unroll
-    for (int m = 0; m < 4; ++m) {
-      const float sine = is_first ? -s[m] : s[m];
-      x[part + m] = x[part + m] * c[m] + other[m] * sine;
+      for (int m = 0; m < 4; ++m) other[m] = x[part + (m ^ 1)];
+    } else {
+      load_floats(cosines + part, c);
+      load_floats(sines + part, s);
+      unpack(part == 0 ? partner.x : partner.z, other[0], other[1], Element{});
+      unpack(part == 0 ? partner.y : partner.w, other[2], other[3], Element{});
+#pragma unroll
+      for (float& sine : s) sine = is_first ? -sine : sine;
     }
+#pragma unroll
+    for (int m = 0; m < 4; ++m) x[part + m] = x[part + m] * c[m] + other[m] * s[m];
   }
 }
 
-// The vectors of a row of q or k, after rotary embedding and random signs.
-template <class Shape>
-__device__ void load_rows(const QuantizeParams& params, const Task& task,
-                          const uint4 (&stage)[4][Shape::kThreads],
-                          const uint4 (&signs)[Shape::kHeadDim / 8], float (&x)[4][8]) {
-  using Element = typename Shape::Element;
-  const RowPlace<Shape> place;
-  const QuantizeRotary& rotary = params.rotary;
-  if (rotary.dim == 0) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      unpack<Element>(flip(stage[i][place.thread], signs[place.vector(i)]), x[i]);
-    }
-    return;
-  }
-  const std::int64_t position = rotary_position(params, task, place.row);
-  const bool known = position >= 0 && position < rotary.max_len;
+// A vector of a row of q or k after rotary embedding, if there is any.
+template <class Element>
+__device__ void load_rotated(const QuantizeRotary& rotary, int position, const uint4* stage,
+                             int row, int vector, float (&x)[8]) {
+  unpack<Element>(stage[vector_place(row, vector)], x);
   const int half = rotary.dim / 16;  // in vectors
+  if (vector >= 2 * half) return;
+  if (position >= 0) {
+    const int other = vector < half ? vector + half : vector - half;
+    rotate_pairs<Element>(rotary, position, vector, stage[vector_place(row, other)], x);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int vector = place.vector(i);
-    unpack<Element>(stage[i][place.thread], x[i]);
-    if (place.row < task.rows && vector < 2 * half) {
-      if (known) {
-        const int other = vector < half ? vector + half : vector - half;
-        const uint4* partner =
-            &stage[other / Shape::kLanes][place.row * Shape::kLanes + other % Shape::kLanes];
-        rotate_pairs<Element>(rotary, position, vector, partner, x[i]);
-      } else {
-#pragma unroll
-        for (float& value : x[i]) value = __uint_as_float(0x7fffffffu);
-      }
-    }
-    const uint4 sign = signs[vector];
-    flip(x[i][0], x[i][1], sign.x);
-    flip(x[i][2], x[i][3], sign.y);
-    flip(x[i][4], x[i][5], sign.z);
-    flip(x[i][6], x[i][7], sign.w);
+    for (float& value : x) value = __uint_as_float(0x7fffffffu);
   }
+}
+
+// A box of out, by TMA. Nobody reads it again here: it leaves L2 first.
+__device__ inline void store_box(const CUtensorMap& map, const uint4* from, int channel, int token,
+                                 int head, int sequence) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group.L2::cache_hint"
+      " [%0, {%2, %3, %4, %5}], [%1], %6;" ::"l"(&map),
+      "r"(cute::cast_smem_ptr_to_uint(from)), "r"(channel), "r"(token), "r"(head), "r"(sequence),
+      "l"(static_cast<std::uint64_t>(cute::TMA::CacheHintSm90::EVICT_FIRST))
+      : "memory");
+}
+
+// For rows that are another sequence's, or were not loaded.
+template <int kCount>
+__device__ void clear_unless(bool exists, float (&x)[kCount][8]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+#pragma unroll
+    for (float& value : x[i]) value = exists ? value : 0.0f;
+  }
+}
+
+// 64 channels of a row, after rotary embedding and random signs; 0 where there is no row.
+template <class Shape>
+__device__ void load_row(const QuantizeParams& params, const Task& task, const uint4* stage,
+                         const uint4* signs, float (&x)[8][8]) {
+  using Element = typename Shape::Element;
+  const bool rotates = params.rotary.dim > 0 && task.which != kV;
+  if (!rotates) {
+    const RowPlace<Shape> place;
+    // vector_place, with little arithmetic: a slab's rows begin at multiples of 8 vectors.
+    const int first = vector_place(place.row, place.vector(0));
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      uint4 vector = stage[first ^ i];
+      if (task.which != kV) vector = flip(vector, signs[place.vector(i)]);
+      unpack<Element>(vector, x[i]);
+    }
+  } else {
+    const int position = rotary_position(params, task, RowPlace<Shape>{}.row);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const RowPlace<Shape> place;
+      load_rotated<Element>(params.rotary, position, stage, place.row, place.vector(i), x[i]);
+      const uint4 sign = signs[place.vector(i)];
+      flip(x[i][0], x[i][1], sign.x);
+      flip(x[i][2], x[i][3], sign.y);
+      flip(x[i][4], x[i][5], sign.z);
+      flip(x[i][6], x[i][7], sign.w);
+    }
+  }
+  if (task.rows < kQuantizeTokens) clear_unless(RowPlace<Shape>{}.row < task.rows, x);
 }
 
 }  // namespace hopper_attention

@@ -1,20 +1,21 @@
-// What the quantizer's kernels are told.
+// What the quantizer's kernel is told.
 #pragma once
 
 #include <cstdint>
 
 #include "hopper_attention/quantize.h"
+#include "quantize/schedule.h"
 
 namespace hopper_attention {
 
-enum QuantizeWhich { kV = 0, kQ = 1, kK = 2 };  // V first: the first pass left some of it in L2
-
 // One of q, k and v.
 struct QuantizeTensor {
-  const void* in;       // (batch, seqlen, heads, head_dim)
-  std::uint8_t* out;    // likewise, or (batch, heads, head_dim, tokens) for a transposed V
-  float* descale;       // (batch, heads, n), see abi_quantize.h
-  std::uint32_t* amax;  // workspace: (batch, heads), (batch, heads, head_dim) or one
+  const void* in;           // (batch, seqlen, heads, head_dim)
+  std::uint8_t* out;        // likewise, or (batch, heads, head_dim, tokens) for a transposed V
+  float* descale;           // (batch, heads, n), see abi_quantize.h
+  std::uint32_t* amax;      // workspace: (batch, heads), (batch, heads, head_dim) or one
+  std::uint32_t* infinite;  // likewise, but not by channel: not 0 where there is an infinity
+  std::uint32_t* measured;  // workspace: tiles that are in amax, of (batch or 1, heads) or of all
   const std::int32_t* cu_seqlens;  // (batch + 1); null: dense
   std::int64_t in_stride_batch, in_stride_seq, in_stride_head;
   std::int64_t out_stride_batch, out_stride_seq, out_stride_head;
@@ -22,13 +23,11 @@ struct QuantizeTensor {
   std::int32_t seqlen;  // of a sequence; of all where packed
   std::int32_t heads;
   std::int32_t head_dim;
-  std::int32_t slots;      // blocks of 128 tokens: of a sequence; of all where packed
-  std::int32_t num_tasks;  // (batch or 1) * max(slots, 1) * heads
-  FastDivide by_heads;
-  FastDivide by_slots;  // max(slots, 1)
+  std::int32_t slots;  // blocks of 128 tokens: of a sequence; of all where packed
+  HeadOrder order;
   ScaleKind scale;
-  bool aligned;    // 16-byte loads are possible
-  bool find_amax;  // the first pass looks for the largest |x|
+  bool aligned;    // TMA can read it
+  bool find_amax;  // a pass before the last looks for the largest |x|
 };
 
 struct QuantizeRotary {
@@ -44,16 +43,20 @@ struct QuantizeRotary {
 struct QuantizeParams {
   QuantizeTensor tensors[3];  // by QuantizeWhich
   QuantizeRotary rotary;
-  std::int32_t num_tasks;      // of all tensors
+  QuantizeSchedule schedule;
+  std::uint32_t* ticket;       // workspace
   std::int32_t hadamard_log2;  // of the channels it mixes; 0: none
   float hadamard_scale;
+  bool hadamard_scale_is_exact;  // a power of two
   std::uint32_t sign_bits[8];
   bool v_transposed;
-  bool sum_k;  // the first pass adds up K
-  bool subtract_k_mean;
-  float* v_token_factor;  // (batch, heads_kv, seqlen_k); may be null
-  float* k_mean;          // (batch, heads_kv, head_dim); may be null
-  float* k_partial;       // workspace: (batch, heads_kv, slots, head_dim), sums over blocks
+  bool smooth_k;
+  float* v_token_factor;           // (batch, heads_kv, seqlen_k); may be null
+  float* k_mean;                   // (batch, heads_kv, head_dim); may be null
+  float* k_partial;                // workspace: (batch, heads_kv, slots, head_dim)
+  std::uint32_t* k_blocks_summed;  // workspace, see QuantizeWorkspace
+  std::uint32_t* k_sums_summed;    // likewise
+  std::uint32_t* k_summed;         // likewise
 };
 
 }  // namespace hopper_attention

@@ -182,12 +182,12 @@ QuantizeTensor make_tensor(const Args& a, const View& v, ScaleKind scale) {
   t.heads = v.heads;
   t.head_dim = v.head_dim;
   t.slots = static_cast<int>(quantize_slots(v.seqlen, a.batch, packed(a)));
-  t.by_heads = FastDivide(std::max(v.heads, 1));
-  t.by_slots = FastDivide(std::max(t.slots, 1));
   t.scale = scale;
-  const auto strides = v.in_strides[0] | v.in_strides[1] | v.in_strides[2];
-  t.aligned = strides % 8 == 0 && reinterpret_cast<std::uintptr_t>(v.in) % 16 == 0;
   t.find_amax = scale != ScaleKind::kBlock && (scale != ScaleKind::kToken || v.name[0] == 'v');
+  // The stride of a dimension of size 1 is never taken.
+  const int sizes[] = {packed(a) ? 1 : a.batch, v.seqlen, v.heads};
+  t.aligned = reinterpret_cast<std::uintptr_t>(v.in) % 16 == 0;
+  for (int i = 0; i < 3; ++i) t.aligned = t.aligned && (sizes[i] == 1 || v.in_strides[i] % 8 == 0);
   return t;
 }
 
@@ -206,6 +206,7 @@ void set_rotation(const Args& a, QuantizeParams* params) {
   params->hadamard_log2 = hadamard_log2(a.head_dim);
   params->hadamard_scale =
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(1 << params->hadamard_log2)));
+  params->hadamard_scale_is_exact = params->hadamard_log2 % 2 == 0;
   // Channels past the head dimension are zeros and must not become negative ones.
   for (int channel = 0; channel < a.head_dim; ++channel) {
     params->sign_bits[channel / 32] |= a.sign_bits[channel / 32] & (1u << channel % 32);
@@ -254,38 +255,54 @@ QuantizeWorkspace quantize_workspace(const Args& a) {
 Status plan_quantize(const Args& a, QuantizePlan* plan) {
   QuantizeParams& params = plan->params;
   params = {};
-  plan->workspace = quantize_workspace(a);
+  const QuantizeWorkspace& w = plan->workspace = quantize_workspace(a);
   auto* words = static_cast<std::uint32_t*>(a.workspace);
-  const std::int64_t amax[] = {plan->workspace.v_amax, plan->workspace.q_amax,
-                               plan->workspace.k_amax};
-  double tasks = 0;
-  for (int which : {kV, kQ, kK}) {
+  const std::int64_t sequences = packed(a) ? std::min(a.batch, 1) : a.batch;
+  double tiles = 0;
+  for (int which : {kV, kK, kQ}) {
     const auto scale = static_cast<ScaleKind>(which == kV ? a.v_scale : a.qk_scale);
     QuantizeTensor& tensor = params.tensors[which] = make_tensor(a, view(a, which), scale);
-    tensor.amax = words + amax[which];
-    const double of_tensor = static_cast<double>(packed(a) ? std::min(a.batch, 1) : a.batch) *
-                             tensor.by_slots.divisor * tensor.heads;
-    tasks += of_tensor;
-    if (tasks >= static_cast<double>(INT_MAX / 2)) {
+    tensor.measured = words + w.tensors[which].measured;
+    tensor.infinite = words + w.tensors[which].infinite;
+    tensor.amax = words + w.tensors[which].amax;
+    tiles += static_cast<double>(sequences) * std::max(tensor.slots, 1) * tensor.heads;
+    if (tiles >= static_cast<double>(INT_MAX / 4)) {
       return Status::invalid(
-          "batch x heads x sequence length is too large: more than 2^30 blocks "
+          "batch x heads x sequence length is too large: more than 2^29 blocks "
           "of 128 tokens");
     }
-    tensor.num_tasks = static_cast<int>(of_tensor);
+    const bool sums = which == kK && a.smooth_k != 0;
+    tensor.order = head_order(sequences, tensor.heads, tensor.slots, !sums && !tensor.find_amax);
   }
-  params.num_tasks = static_cast<int>(tasks);
   set_rotation(a, &params);
+  params.ticket = words + w.ticket;
   params.v_transposed = a.v_transposed != 0;
   params.v_token_factor = a.v_token_factor;
-  if (a.smooth_k != 0) {
+  params.smooth_k = a.smooth_k != 0;
+  if (params.smooth_k) {
     params.k_mean = a.k_mean;
-    params.k_partial = reinterpret_cast<float*>(words + plan->workspace.k_partial);
+    params.k_partial = reinterpret_cast<float*>(words + w.k_partial);
+    params.k_blocks_summed = words + w.k_blocks_summed;
+    params.k_sums_summed = words + w.k_sums_summed;
+    params.k_summed = words + w.k_summed;
   }
-  plan->second_amax = a.smooth_k != 0 && params.tensors[kK].find_amax;
   const int head_dim =
       std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0, a.heads_kv > 0 ? a.head_dim_v : 0);
   plan->tile = head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256;
   return {};
+}
+
+void schedule_quantize(int ahead, QuantizePlan* plan) {
+  QuantizeParams& params = plan->params;
+  QuantizeSchedule& schedule = params.schedule = {};
+  std::int32_t time = 0;
+  // What needs two passes comes first, so that no block ends up waiting for others' last tiles.
+  for (int which : {kV, kK, kQ}) {
+    const QuantizeTensor& tensor = params.tensors[which];
+    time = schedule.add(which, tensor.order, which == kK && params.smooth_k, tensor.find_amax,
+                        tensor.scale == ScaleKind::kTensor, ahead, time);
+  }
+  schedule.finish();
 }
 
 }  // namespace hopper_attention

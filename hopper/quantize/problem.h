@@ -18,11 +18,14 @@ QuantizeWorkspace quantize_workspace(const hopper_attention_quantize_args& args)
 struct QuantizePlan {
   QuantizeParams params;
   QuantizeWorkspace workspace;
-  int tile;          // head dimension of the instance
-  bool second_amax;  // K's largest values can be found only once its mean is known
+  int tile;  // head dimension of the instance
 };
 
-// From arguments that passed the checks. Fails where there are more tasks than can be counted.
+// From arguments that passed the checks; all but the schedule. Fails where there are more tiles
+// than can be counted.
 Status plan_quantize(const hopper_attention_quantize_args& args, QuantizePlan* plan);
+
+// The order of the tiles, for blocks that have `ahead` tiles in work among them.
+void schedule_quantize(int ahead, QuantizePlan* plan);
 
 }  // namespace hopper_attention

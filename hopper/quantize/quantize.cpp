@@ -1,4 +1,5 @@
-// The quantizer's entry points: check -> plan -> memset, first pass, (K's mean,) second pass.
+// The quantizer's entry points: check -> plan -> descriptors -> memset, one kernel.
+#include "common/tensor_map.h"
 #include "entry.h"
 #include "quantize/launch.h"
 #include "quantize/problem.h"
@@ -6,43 +7,45 @@
 namespace hopper_attention {
 namespace {
 
-// Runs the first pass over those tensors that it has something to find in.
-cudaError_t find_stats(const QuantizeParams& all, const QuantizeLaunch& launch) {
-  QuantizeParams params = all;
-  for (int which : {kV, kQ, kK}) {
-    QuantizeTensor& tensor = params.tensors[which];
-    const bool sums = which == kK && params.sum_k;
-    if (!tensor.find_amax && !sums) {
-      params.num_tasks -= tensor.num_tasks;
-      tensor.num_tasks = 0;
-    }
-  }
-  return launch_quantize_stats(params, launch);
+struct View {
+  void* data;
+  std::int64_t stride_batch, stride_seq, stride_head;
+};
+
+// One of q, k and v, of elements of this type.
+const char* encode(CUtensorMap* map, const QuantizeTensor& t, const View& view, int head_dim,
+                   TensorBox box, TensorType type) {
+  const bool packed = t.cu_seqlens != nullptr;
+  const TensorView whole{
+      view.data,       head_dim,         t.seqlen,         t.heads, packed ? 1 : t.batch,
+      view.stride_seq, view.stride_head, view.stride_batch};
+  return encode_tensor_map(map, whole, box, type);
 }
 
-cudaError_t run(const QuantizePlan& plan, const QuantizeLaunch& launch, void* workspace) {
-  QuantizeParams params = plan.params;
-  const bool smooth = params.k_mean != nullptr && params.tensors[kK].num_tasks > 0;
-  cudaError_t error = cudaMemsetAsync(
-      workspace, 0, plan.workspace.amax_words * sizeof(std::uint32_t), launch.stream);
-  if (error != cudaSuccess) return error;
-
-  params.sum_k = smooth;
-  if (plan.second_amax) params.tensors[kK].find_amax = false;
-  error = find_stats(params, launch);
-  if (error != cudaSuccess) return error;
-  params.sum_k = false;
-  params.subtract_k_mean = smooth;
-  if (smooth) error = launch_quantize_mean(params, launch);
-  if (error != cudaSuccess) return error;
-  if (smooth && plan.second_amax) {
-    QuantizeParams again = params;
-    again.tensors[kK].find_amax = true;
-    again.tensors[kV].find_amax = again.tensors[kQ].find_amax = false;
-    error = find_stats(again, launch);
-    if (error != cudaSuccess) return error;
+Status encode_maps(const QuantizePlan& plan, bool bfloat16, QuantizeMaps* maps) {
+  const char* names[] = {"v", "q", "k"};
+  const QuantizeGeometry geometry = quantize_geometry(plan.tile);
+  for (int which : {kV, kQ, kK}) {
+    const QuantizeTensor& t = plan.params.tensors[which];
+    if (t.order.num_tiles == 0 || t.seqlen == 0) continue;
+    const char* error = nullptr;
+    if (t.aligned) {
+      const View in{const_cast<void*>(t.in), t.in_stride_batch, t.in_stride_seq, t.in_stride_head};
+      error = encode(&maps->in[which], t, in, t.head_dim, {64, kQuantizeTokens},
+                     bfloat16 ? TensorType::kBfloat16 : TensorType::kFloat16);
+    }
+    if (error == nullptr && !(which == kV && plan.params.v_transposed)) {
+      // Rows are written up to the next multiple of 16 elements.
+      const View out{t.out, t.out_stride_batch, t.out_stride_seq, t.out_stride_head};
+      error = encode(&maps->out[which], t, out, static_cast<int>(round_up(t.head_dim, 16)),
+                     {plan.tile < 128 ? plan.tile : 128, geometry.rows_of_warp}, TensorType::kByte);
+    }
+    if (error != nullptr) {
+      return {HOPPER_ATTENTION_CUDA_ERROR,
+              std::string("quantizer's descriptor of ") + names[which] + ": " + error};
+    }
   }
-  return launch_quantize(params, launch);
+  return {};
 }
 
 Status quantize(const hopper_attention_quantize_args& args) {
@@ -53,9 +56,15 @@ Status quantize(const hopper_attention_quantize_args& args) {
   if (Status status = check_quantize_tensors(args); !status.ok()) return status;
   QuantizePlan plan;
   if (Status status = plan_quantize(args, &plan); !status.ok()) return status;
+  const QuantizeGeometry geometry = quantize_geometry(plan.tile);
+  schedule_quantize(num_sms * geometry.blocks_per_sm * (geometry.stages + 1) / 2, &plan);
   const QuantizeLaunch launch{plan.tile, args.dtype == HOPPER_ATTENTION_BFLOAT16, device, num_sms,
                               static_cast<cudaStream_t>(args.stream)};
-  const cudaError_t error = run(plan, launch, args.workspace);
+  QuantizeMaps maps{};
+  if (Status status = encode_maps(plan, launch.bfloat16, &maps); !status.ok()) return status;
+  cudaError_t error = cudaMemsetAsync(
+      args.workspace, 0, plan.workspace.zero_words * sizeof(std::uint32_t), launch.stream);
+  if (error == cudaSuccess) error = launch_quantize(plan.params, maps, launch);
   return error == cudaSuccess ? Status{} : cuda_failure("quantize", error);
 }
 

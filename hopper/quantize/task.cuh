@@ -1,23 +1,45 @@
-// A task: 128 tokens of one head of q, k or v, and how its elements lie over the threads.
+// A task: one pass over a tile, 128 tokens of one head of q, k or v; and what a block of threads
+// keeps in shared memory.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "quantize/params.h"
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "common/barriers.cuh"
+#include "quantize/launch.h"
 
 namespace hopper_attention {
 
+extern __shared__ __align__(1024) uint4 shared_memory[];
+
+// A 0 that the compiler does not know, at the begin of shared memory. What is computed from a
+// number plus this 0 is computed where it is needed. Otherwise it would be computed once before all
+// uses and kept: the registers that takes are needed in between, and it would be spilled.
+__device__ inline int unknown_zero() {
+  int zero;
+  asm volatile("ld.volatile.shared.b32 %0, [%1];"
+               : "=r"(zero)
+               : "r"(cute::cast_smem_ptr_to_uint(shared_memory)));
+  return zero;
+}
+
+__device__ inline int thread_idx() { return threadIdx.x + unknown_zero(); }
+
 struct Task {
-  int which;  // QuantizeWhich
+  QuantizePass pass;
+  int which;  // QuantizeWhich; below 0: there are no more
   int head;
   int sequence;
-  int slot;             // in the outputs; of the sequence where dense
-  int first;            // token of the sequence
-  int rows;             // tokens that exist, 0 to 128
-  int seqlen;           // of the sequence
-  std::int64_t memory;  // first's place along the sequence dimension in memory
+  int slot;    // in the outputs; of the sequence where dense
+  int first;   // token of the sequence
+  int rows;    // tokens that exist, 0 or less to 128
+  int seqlen;  // of the sequence
+  int memory;  // first's place along the sequence dimension in memory
+  int last;    // QuantizeStream's
 
+  __device__ bool none() const { return which < 0; }
   // The index of (sequence, head).
   __device__ std::int64_t group(const QuantizeTensor& tensor) const {
     return static_cast<std::int64_t>(sequence) * tensor.heads + head;
@@ -26,59 +48,143 @@ struct Task {
   __device__ std::int64_t dense_group(const QuantizeTensor& tensor) const {
     return tensor.cu_seqlens != nullptr ? head : group(tensor);
   }
+  // The same for the largest |x|.
+  __device__ std::int64_t scale_group(const QuantizeTensor& tensor) const {
+    return tensor.scale == ScaleKind::kTensor ? 0 : group(tensor);
+  }
+  __device__ bool subtracts_mean(const QuantizeParams& params) const {
+    return which == kK && params.smooth_k && pass != QuantizePass::kSum;
+  }
+  __device__ bool transforms(const QuantizeParams& params) const {
+    const bool rotates = params.hadamard_log2 > 0 || params.rotary.dim > 0;
+    return (which != kV && rotates) || subtracts_mean(params);
+  }
+  // The largest |x| of what shares a scale is known.
+  __device__ bool given_scale(const QuantizeTensor& tensor) const {
+    return pass == QuantizePass::kQuantize && tensor.find_amax;
+  }
 };
 
-// A thread holds 32 elements, as four vectors of 8 adjacent channels. In q and k the vectors are of
-// one token, so that most of the Hadamard transform stays in the thread; in v they are of the four
-// tokens that are neighbours in the transposed layout, so that four bytes make a word there.
+// Threads work in teams, each on a tile of its own, 64 elements a thread. Two warps serve them: one
+// draws tickets and loads, the other fetches scales and publishes what was measured.
 template <int kHeadDimTile, class ElementType>
 struct QuantizeShape {
   using Element = ElementType;
   static constexpr int kHeadDim = kHeadDimTile;
-  static constexpr int kThreads = 4 * kHeadDim;
-  static constexpr int kWarps = kThreads / 32;
-  static constexpr int kBlocksPerSm = 1024 / kThreads;  // 64 registers a thread
-  static constexpr int kLanes = kHeadDim / 32;          // threads that share a row of q or k
-  static constexpr int kStages = 2;
+  static constexpr int kVectors = kHeadDim / 8;  // of 8 channels, 16 bytes, in a row
+  static constexpr int kParts = kHeadDim / 64;   // 64 channels of all rows are a slab of TMA's
+  static constexpr int kTeamThreads = 2 * kHeadDim;
+  static constexpr int kTeamWarps = kTeamThreads / 32;
+  static constexpr int kTeams = kHeadDim == 64 ? 2 : 1;
+  static constexpr int kWorkers = kTeams * kTeamThreads;
+  static constexpr int kThreads = kWorkers + 64;
+  static constexpr int kBlocksPerSm = quantize_geometry(kHeadDim).blocks_per_sm;
+  static constexpr int kWarpRows = quantize_geometry(kHeadDim).rows_of_warp;
+  static constexpr int kStages = quantize_geometry(kHeadDim).stages;
+  static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;  // tasks in work, more than stages
+
+  // A task, and what is found out for it and by it.
+  struct Slot {
+    Task task;
+    float inverse, descale;              // of a given scale that channels share
+    int given_infinite;                  // the given scale's tiles have an infinity
+    int infinite;                        // this one has
+    alignas(16) float values[kHeadDim];  // V: inverse scales of channels; K: its mean; as float4
+    float result[kHeadDim];              // largest |x| of channels or of warps, or sums of channels
+  };
 
   struct Shared {
-    uint4 stages[kStages][4][kThreads];  // the vectors, each in a place of its thread's
-    std::uint32_t words[kHeadDim * 32];  // V transposed: (channel, 4 tokens); or the sums of K
-    uint4 signs[kHeadDim / 8];           // to be xored with 8 elements
-    float inverse[kHeadDim];             // V's scales
-    std::uint32_t warp_amax[kStages][32];
-    std::uint32_t row_amax[kQuantizeTokens];
-    Task tasks[kStages][kWarps];  // a copy for each warp: registers are short
+    int zero;  // unknown_zero()
+    FullBarrier stage_full[kStages];
+    EmptyBarrier stage_empty[kStages];
+    EmptyBarrier task_full[kSlots];    // the task is there
+    EmptyBarrier given_full[kSlots];   // its given scales or mean are
+    EmptyBarrier result_full[kSlots];  // the workers are done
+    EmptyBarrier task_empty[kSlots];   // so is the serving warp
+    alignas(1024) uint4 stages[kStages][kParts * kQuantizeTokens * 8];
+    alignas(1024) uint4 out[kTeams][kHeadDim * 8];
+    uint4 signs[kVectors];  // to be xored with 8 elements
+    Slot slots[kSlots];
+    float mean[kHeadDim];
+    float token_inverse[kTeams][kQuantizeTokens];
+    bool wrote_rows[kTeams];  // since the last transposed tile: TMA may still read `out`
+
+    // What belongs to a block's n-th task.
+    __device__ Slot& slot(int n) { return slots[(n + unknown_zero()) % kSlots]; }
+    __device__ uint4* stage(int n) { return stages[(n + unknown_zero()) % kStages]; }
+    // Called by every warp of the team when it has read the tile.
+    __device__ void release_stage(int n) {
+      __syncwarp();
+      arrive_warp(stage_empty[(n + unknown_zero()) % kStages]);
+    }
   };
 };
 
-// threadIdx.x, read anew at each place. What follows from it would otherwise be computed once
-// before the loop over tasks and kept: the registers that takes are needed inside, and it would be
-// spilled.
-__device__ inline int thread_idx() {
-  int idx;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(idx));
-  return idx;
+template <class Shape>
+__device__ int team_thread() {
+  return thread_idx() % Shape::kTeamThreads;
 }
 
-// Thread to (row, lane in the row) of q and k; vector i is vector lane + kLanes * i of the row.
+template <class Shape>
+__device__ int team_idx() {
+  return Shape::kTeams == 1 ? 0 : thread_idx() / Shape::kTeamThreads;
+}
+
+template <class Shape>
+__device__ void sync_team() {
+  asm volatile("bar.sync %0, %1;" ::"r"(1 + team_idx<Shape>()), "n"(Shape::kTeamThreads)
+               : "memory");
+}
+
+// Whether any thread of the team says so; waits for all.
+template <class Shape>
+__device__ bool team_any(bool mine) {
+  int any;
+  asm volatile(
+      "{\n.reg .pred p, q;\n"
+      "setp.ne.b32 p, %1, 0;\n"
+      "bar.red.or.pred q, %2, %3, p;\n"
+      "selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(static_cast<int>(mine)), "r"(1 + team_idx<Shape>()), "n"(Shape::kTeamThreads)
+      : "memory");
+  return any != 0;
+}
+
+// Where a vector of a row lies in a stage: TMA swizzles the eight of a slab's row.
+__device__ inline int vector_place(int row, int vector) {
+  return vector / 8 * kQuantizeTokens * 8 + row * 8 + (vector ^ row) % 8;
+}
+
+// Thread to (row, 64 channels), with vectors 8 * part to 8 * part + 7. Eight threads that follow
+// each other have eight rows: their vectors lie in different banks.
 template <class Shape>
 struct RowPlace {
-  int thread = thread_idx();
-  int row = thread / Shape::kLanes;
-  int lane = thread % Shape::kLanes;
-  __device__ int vector(int i) const { return lane + Shape::kLanes * i; }
+  int thread = team_thread<Shape>();
+  int warp = thread / 32;
+  int part = thread % 32 / Shape::kWarpRows;
+  int warp_row = thread % Shape::kWarpRows;
+  int row = warp * Shape::kWarpRows + warp_row;
+  __device__ int vector(int i) const { return 8 * part + i; }
 };
 
-// Thread to (8 channels, 4 tokens) of v: a warp covers 64 channels and 16 tokens.
+// Thread to (8 channels, 4 tokens) of v, twice: a warp covers 64 channels and 16 tokens.
 template <class Shape>
 struct ColumnPlace {
-  static constexpr int kAcross = Shape::kHeadDim / 64;
-  int thread = thread_idx();
-  int vector = thread / 32 % kAcross * 8 + thread % 8;  // of 8 channels
-  int group = thread / 32 / kAcross;                    // of 16 tokens
-  int quad = thread % 32 / 8;                           // of 4 of them
-  __device__ int row(int i) const { return 16 * group + key_of_slot(4 * quad + i); }
+  int thread = team_thread<Shape>();
+  int vector = thread / 32 % Shape::kParts * 8 + thread % 8;  // of 8 channels
+  int quad = thread % 32 / 8;                                 // of 4 tokens
+  // Of 16 tokens. 128 tokens are 8 groups, and 4 go at a time.
+  __device__ int group(int turn) const { return thread / 32 / Shape::kParts + 4 * turn; }
+  __device__ int row(int turn, int i) const { return 16 * group(turn) + key_of_slot(4 * quad + i); }
+};
+
+// Thread to (8 channels, rows first_row + 16 i).
+template <class Shape>
+struct MeasurePlace {
+  int thread = team_thread<Shape>();
+  int vector = thread / 16;
+  int first_row = thread % 16;
 };
 
 // The packed sequence that a slot belongs to: the last that begins at or before it.
@@ -100,28 +206,28 @@ __device__ inline void locate_packed(const QuantizeTensor& tensor, Task& task) {
   task.seqlen = end - begin;
   task.first = static_cast<int>(
       min(max(block, std::int64_t{0}) * kQuantizeTokens, static_cast<std::int64_t>(task.seqlen)));
-  task.memory = static_cast<std::int64_t>(begin) + task.first;
+  task.memory = begin + task.first;
 }
 
-// Heads go fastest, so that blocks that run together read neighbouring memory.
-__device__ inline Task make_task(const QuantizeParams& params, int index, bool v_backwards) {
-  Task task;
-  task.which = 0;
-  while (index >= params.tensors[task.which].num_tasks) {
-    index -= params.tensors[task.which++].num_tasks;
-  }
-  const QuantizeTensor& tensor = params.tensors[task.which];
-  if (v_backwards && task.which == kV) index = tensor.num_tasks - 1 - index;
-  const int block = tensor.by_heads.quotient(index);
-  task.head = index - block * tensor.heads;
-  task.sequence = tensor.by_slots.quotient(block);
-  task.slot = block - task.sequence * tensor.by_slots.divisor;
+__device__ inline Task make_task(const QuantizeParams& params, int ticket, int& segment) {
+  Task task{};
+  task.which = -1;
+  if (ticket >= params.schedule.num_tickets) return task;
+  const QuantizeSchedule::Drawn drawn = params.schedule(ticket, segment);
+  const QuantizeStream& stream = params.schedule.streams[drawn.stream];
+  const QuantizeTensor& tensor = params.tensors[stream.which];
+  task.pass = stream.pass;
+  task.which = stream.which;
+  task.last = stream.last;
+  const HeadOrder::Tile tile = tensor.order(drawn.tile);
+  task.head = tile.head;
+  task.sequence = tile.sequence;
+  task.slot = tile.slot;
   if (tensor.cu_seqlens != nullptr) {
     locate_packed(tensor, task);
   } else {
     task.seqlen = tensor.seqlen;
-    task.first = task.slot * kQuantizeTokens;
-    task.memory = task.first;
+    task.memory = task.first = task.slot * kQuantizeTokens;
   }
   task.rows = min(task.seqlen - task.first, kQuantizeTokens);
   return task;

@@ -15,93 +15,105 @@ __device__ inline void butterfly(float& a, float& b) {
   a = sum;
 }
 
-// Butterflies of stride 1, 2, 4, ... channels up to 2^log2 / 2, then one multiplication: the order
-// is part of the definition, since it settles the rounding. A row's channels are numbered by
-// (i, lane, e), e the fastest.
-template <class Shape>
-__device__ void hadamard(float (&x)[4][8], int log2, float scale) {
-  constexpr int kLaneBits = Shape::kLanes == 2 ? 1 : Shape::kLanes == 4 ? 2 : 3;
+// Butterflies of stride 1, 2, 4, ... channels up to 2^kLog2 / 2: their order is part of the
+// definition, since it settles the rounding. A row's channels are numbered by (part, i, e), e the
+// fastest. The scale is still to be multiplied by.
+template <class Shape, int kLog2>
+__device__ void hadamard(float (&x)[8][8]) {
 #pragma unroll
   for (int stride = 1; stride < 8; stride *= 2) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         if ((e & stride) == 0) butterfly(x[i][e], x[i][e + stride]);
       }
     }
   }
-  const int thread = thread_idx();
 #pragma unroll
-  for (int bit = 0; bit < kLaneBits; ++bit) {
-    if (log2 <= 3 + bit) break;
-    const float sign = (thread >> bit) & 1 ? -1.0f : 1.0f;
+  for (int stride = 1; stride < 8 && 8 * stride < 1 << kLog2; stride *= 2) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (float& value : x[i]) {
-        value = __fmaf_rn(value, sign, __shfl_xor_sync(kAllLanes, value, 1 << bit));
-      }
-    }
-  }
-#pragma unroll
-  for (int bit = 0; bit < 2; ++bit) {
-    if (log2 <= 3 + kLaneBits + bit) break;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 8; ++i) {
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        if ((i >> bit & 1) == 0) butterfly(x[i][e], x[i + (1 << bit)][e]);
+        if ((i & stride) == 0) butterfly(x[i][e], x[i + stride][e]);
       }
     }
   }
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int stride = 1; 64 * stride < 1 << kLog2; stride *= 2) {
+    const float sign = RowPlace<Shape>{}.part & stride ? -1.0f : 1.0f;
 #pragma unroll
-    for (float& value : x[i]) value *= scale;
+    for (int i = 0; i < 8; ++i) {
+#pragma unroll
+      for (float& value : x[i]) {
+        const float other = __shfl_xor_sync(kAllLanes, value, stride * Shape::kWarpRows);
+        value = __fmaf_rn(value, sign, other);
+      }
+    }
   }
 }
 
-// Subtracts K's mean from a row that exists.
-template <class Shape>
-__device__ void subtract_mean(const QuantizeParams& params, const Task& task, float (&x)[4][8]) {
-  const QuantizeTensor& k = params.tensors[kK];
-  const RowPlace<Shape> place;
-  if (place.row >= task.rows) return;
-  const float* mean = params.k_mean + task.group(k) * k.head_dim;
+// A loop over the strides with its end known at run time only would be spilled.
+template <class Shape, int kLog2 = 3>
+__device__ void hadamard(float (&x)[8][8], int log2) {
+  if (log2 == kLog2) {
+    hadamard<Shape, kLog2>(x);
+  } else if constexpr (2 << kLog2 <= Shape::kHeadDim) {
+    hadamard<Shape, kLog2 + 1>(x, log2);
+  }
+}
+
+__device__ inline void multiply(float (&x)[8][8], float factor) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int vector = place.vector(i);
-    if (8 * vector >= k.head_dim) break;
-    const auto* from = reinterpret_cast<const float4*>(mean + 8 * vector);
-    const float4 low = __ldcg(from), high = __ldcg(from + 1);
+  for (int i = 0; i < 8; ++i) {
+#pragma unroll
+    for (float& value : x[i]) value *= factor;
+  }
+}
+
+// K's mean, of all channels.
+template <class Shape>
+__device__ void subtract_mean(const float* mean, float (&x)[8][8]) {
+  const RowPlace<Shape> place;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const auto* from = reinterpret_cast<const float4*>(mean + 8 * place.vector(i));
+    const float4 low = from[0], high = from[1];
     x[i][0] -= low.x, x[i][1] -= low.y, x[i][2] -= low.z, x[i][3] -= low.w;
     x[i][4] -= high.x, x[i][5] -= high.y, x[i][6] -= high.z, x[i][7] -= high.w;
   }
 }
 
-__device__ inline float largest(const float (&x)[4][8]) {
-  float amax = 0.0f;
+// Of the numbers; NaN is passed over.
+__device__ inline float largest(const float (&x)[8][8]) {
+  float of[4] = {};  // chains that run side by side
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < 8; ++i) {
 #pragma unroll
-    for (int e = 0; e < 8; ++e) amax = fmaxf(amax, fabsf(x[i][e]));  // passes over NaN
+    for (int e = 0; e < 8; ++e) of[e % 4] = fmaxf(of[e % 4], fabsf(x[i][e]));
   }
-  return amax;
+  return fmaxf(fmaxf(of[0], of[1]), fmaxf(of[2], of[3]));
 }
 
-// Turns infinities into NaN, since the conversion would saturate them; returns the largest of the
-// finite |x|.
-__device__ inline float largest_finite(float (&x)[4][8]) {
-  const float amax = largest(x);
-  if (amax < INFINITY) return amax;
+// Infinities to NaN, since the conversion would saturate them.
+template <int kCount>
+__device__ void hide_infinities(float (&x)[kCount][8]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kCount; ++i) {
 #pragma unroll
     for (float& value : x[i]) {
       if (fabsf(value) == INFINITY) value = __uint_as_float(0x7fffffffu);
     }
   }
+}
+
+// Of the finite numbers; infinities become NaN.
+__device__ inline float largest_finite(float (&x)[8][8], bool* infinite) {
+  const float amax = largest(x);
+  *infinite = !(amax < INFINITY);
+  if (!*infinite) return amax;
+  hide_infinities(x);
   return largest(x);
 }
 
@@ -110,30 +122,26 @@ __device__ inline std::uint32_t warp_largest(float amax) {
   return __reduce_max_sync(kAllLanes, __float_as_uint(amax));
 }
 
-// Over all threads, which must all come here. The shared memory is not the last task's, so that a
-// slow thread can still read that when the fast ones are here.
+// Over the team, all of which must come here. of_warps is the task's, so that a slow thread can
+// still read it when the fast ones are at the next one.
 template <class Shape>
-__device__ float block_largest(float amax, std::uint32_t (&shared)[32]) {
+__device__ float team_largest(float amax, float* of_warps) {
   const std::uint32_t of_warp = warp_largest(amax);
-  const int thread = thread_idx(), lane = thread % 32;
-  if (lane == 0) shared[thread / 32] = of_warp;
-  __syncthreads();
-  const std::uint32_t mine = lane < Shape::kWarps ? shared[lane] : 0u;
+  const int thread = team_thread<Shape>(), lane = thread % 32;
+  if (lane == 0) of_warps[thread / 32] = __uint_as_float(of_warp);
+  sync_team<Shape>();
+  const std::uint32_t mine = __float_as_uint(of_warps[lane % Shape::kTeamWarps]);
   return __uint_as_float(__reduce_max_sync(kAllLanes, mine));
 }
 
+// Over the threads of a row.
 template <class Shape>
 __device__ float row_largest(float amax) {
 #pragma unroll
-  for (int step = 1; step < Shape::kLanes; step *= 2) {
+  for (int step = Shape::kWarpRows; step < 32; step *= 2) {
     amax = fmaxf(amax, __shfl_xor_sync(kAllLanes, amax, step));
   }
   return amax;
-}
-
-// Raises *to; most calls find that they need not.
-__device__ inline void raise(std::uint32_t* to, std::uint32_t bits) {
-  if (bits > __ldcg(to)) atomicMax(to, bits);
 }
 
 constexpr float kSmallestAmax = 0x1p-100f;
@@ -144,6 +152,11 @@ __device__ inline float descale_of(float amax) {
 }
 __device__ inline float inverse_of(float amax) {
   return amax > 0.0f ? kE4M3Max / fmaxf(amax, kSmallestAmax) : 1.0f;
+}
+
+// A token's descale over its head's largest; a token of zeros takes any factor.
+__device__ inline float token_factor(float amax, float of_head) {
+  return fmaxf(amax > 0.0f ? descale_of(amax) / of_head : 1.0f, 0x1p-126f);
 }
 
 // Two floats to two e4m3, the first in the low byte. Finite values saturate; NaN becomes 0x7f.

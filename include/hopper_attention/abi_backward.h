@@ -59,14 +59,22 @@ typedef struct hopper_attention_backward_args {
   // be null; sink only beside it, as lse holds all that the other gradients need of it.
   const float* sink;
   float* dsink;
+
+  // As in hopper_attention_forward_args. Rows of dq, dk and dv that no sequence uses become 0.
+  int32_t packed;
+  const int32_t* cu_seqlens_q;
+  const int32_t* cu_seqlens_k;
+  const int32_t* seqused_q;
+  const int32_t* seqused_k;
 } hopper_attention_backward_args;
 
 // Enqueues the kernels. HOPPER_ATTENTION_OK does not mean that they have run.
 HOPPER_ATTENTION_API hopper_attention_status
 hopper_attention_backward(const hopper_attention_backward_args* args);
 
-// Bytes of workspace for the call that args describes: dq's fp32 accumulator and two or three
-// numbers a query row. Pointers in args are not read and may be null. Needs no device.
+// Bytes of workspace for the call that args describes: dq's fp32 accumulator, two or three numbers
+// a query row, and for a packed batch up to a tile more of these for each sequence, and its list of
+// key blocks. Pointers in args are not read and may be null. Needs no device.
 HOPPER_ATTENTION_API hopper_attention_status hopper_attention_backward_workspace_bytes(
     const hopper_attention_backward_args* args, uint64_t* bytes);
 

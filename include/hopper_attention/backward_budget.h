@@ -52,11 +52,17 @@ constexpr int statistics_bytes(const BackwardConfig& config) {
 constexpr int barrier_bytes(const BackwardConfig& config) {
   return 8 * (2 + 4 * config.stages + 2 * config.ds_stages + 2 * config.num_consumers + 2);
 }
+// Which key block is whose, where that is read from a list.
+constexpr bool is_ragged(const BackwardConfig& config) {
+  return config.key.mask == MaskKind::kPacked || config.key.mask == MaskKind::kCapped;
+}
+constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config) ? 48 : 0; }
 constexpr int shared_bytes(const BackwardConfig& config) {
   const int tensors = key_bytes(config) + config.stages * query_stage_bytes(config) +
                       config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
                       p_bytes(config);
-  return round_up(tensors + statistics_bytes(config) + barrier_bytes(config), kSharedAlignment);
+  return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
+                  kSharedAlignment);
 }
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S

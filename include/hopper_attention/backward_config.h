@@ -7,7 +7,8 @@
 
 namespace hopper_attention {
 
-// kFull: every query sees every key, and scores are used as they are. kMasked serves any request.
+// kFull: every query sees every key, and scores are used as they are. kMasked serves any dense
+// request without a soft cap, kPacked any packed one; kCapped serves soft caps, dense and packed.
 struct BackwardKey {
   Dtype dtype;
   int head_dim;    // the tile's: a request runs in the smallest that holds it

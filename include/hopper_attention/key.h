@@ -15,7 +15,7 @@ constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 // it can serve any request, and serves full ones where its tiles are faster (config.h's tile_mask).
 // In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
 // kPacked: kMasked for packed batches, whose lengths lie on the device.
-// kCapped: kMasked with a soft cap; of the backward pass only, where kMasked does without.
+// kCapped: kMasked and kPacked with a soft cap; of the backward pass only, where they do without.
 enum class MaskKind : int { kFull = 0, kMasked = 1, kPacked = 2, kCapped = 3 };
 
 struct ForwardKey {

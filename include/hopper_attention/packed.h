@@ -28,6 +28,7 @@ struct Sequence {
   int seqlen_q;  // of these, those that ask; O of the others is zero
   int k_begin;
   int seqlen_k;
+  int keys;  // rows of K and V that are its own, of which it uses seqlen_k
 };
 
 HOPPER_ATTENTION_HD constexpr int clamp_length(int value, int low, int high) {
@@ -38,14 +39,17 @@ HOPPER_ATTENTION_HD constexpr int clamp_length(int value, int low, int high) {
 // the lengths say, no sequence reaches beyond the tensors.
 HOPPER_ATTENTION_HD constexpr Sequence sequence_at(const PackedLengths& lengths, int index) {
   const int q_begin = clamp_length(lengths.cu_seqlens_q[index], 0, lengths.total_q);
-  if (index == lengths.batch) return {q_begin, lengths.total_q - q_begin, 0, lengths.total_k, 0};
-  const int q_end = clamp_length(lengths.cu_seqlens_q[index + 1], q_begin, lengths.total_q);
   const int k_begin = clamp_length(lengths.cu_seqlens_k[index], 0, lengths.total_k);
+  if (index == lengths.batch) {
+    return {q_begin, lengths.total_q - q_begin, 0, k_begin, 0, lengths.total_k - k_begin};
+  }
+  const int q_end = clamp_length(lengths.cu_seqlens_q[index + 1], q_begin, lengths.total_q);
   const int k_end = clamp_length(lengths.cu_seqlens_k[index + 1], k_begin, lengths.total_k);
   const int rows = q_end - q_begin, keys = k_end - k_begin;
   const int used_q = lengths.seqused_q != nullptr ? lengths.seqused_q[index] : rows;
   const int used_k = lengths.seqused_k != nullptr ? lengths.seqused_k[index] : keys;
-  return {q_begin, rows, clamp_length(used_q, 0, rows), k_begin, clamp_length(used_k, 0, keys)};
+  return {q_begin, rows, clamp_length(used_q, 0, rows), k_begin, clamp_length(used_k, 0, keys),
+          keys};
 }
 
 // What the forward kernel's roles know of a tile's sequence.

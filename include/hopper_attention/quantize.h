@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "hopper_attention/fp8.h"
 
@@ -22,7 +23,7 @@ enum class ScaleKind : std::int32_t {
   kChannel = 4
 };
 
-inline constexpr int kQuantizeTokens = kScaleTokens;  // a thread block works on as many at a time
+inline constexpr int kQuantizeTokens = kScaleTokens;  // of a tile
 
 HOPPER_ATTENTION_QUANTIZE_HD constexpr std::int64_t round_up(std::int64_t value, std::int64_t to) {
   return (value + to - 1) / to * to;
@@ -69,25 +70,54 @@ struct FastDivide {
   }
 };
 
-// The workspace: bits of the largest finite |x| (zero before the first pass) of whatever shares a
-// scale, then the sums of K over each block of tokens.
+// Sums of K's blocks are added up by as many, then those sums: the order settles the rounding.
+inline constexpr int kMeanBlocks = 16;
+
+// The workspace, in words. First what is zero before the first tile: the number of the next ticket;
+// of q, k and v how many tiles of a head are measured, whether one of those that share a scale has
+// an infinity, and the bits of their largest finite |x|; and how many of K's sums are there. Then
+// the sums of K over each block of tokens.
 struct QuantizeWorkspace {
-  std::int64_t q_amax = 0, k_amax = 0, v_amax = 0;  // offsets in words
-  std::int64_t amax_words = 0;                      // to be zeroed
-  std::int64_t k_partial = 0;                       // offset in words
+  struct Tensor {
+    std::int64_t measured = 0, infinite = 0, amax = 0;
+  };
+  std::int64_t ticket = 0;
+  Tensor tensors[3];                 // by QuantizeWhich
+  std::int64_t k_blocks_summed = 0;  // (head, slot): of the kMeanBlocks that begin there
+  std::int64_t k_sums_summed = 0;    // (sequence, head): of such sums
+  std::int64_t k_summed = 0;         // tiles of a head whose sums are dealt with
+  std::int64_t zero_words = 0;
+  std::int64_t k_partial = 0;
   std::int64_t words = 0;
 };
+
+enum QuantizeWhich { kV = 0, kQ = 1, kK = 2 };
 
 constexpr QuantizeWorkspace quantize_workspace(std::int64_t batch, std::int64_t heads,
                                                std::int64_t heads_kv, std::int64_t head_dim,
                                                std::int64_t head_dim_v, std::int64_t slots_k,
                                                bool packed, bool smooth_k) {
   QuantizeWorkspace w;
-  w.k_amax = w.q_amax + round_up(batch * heads, 4);
-  w.v_amax = w.k_amax + round_up(batch * heads_kv, 4);
-  w.amax_words = w.v_amax + round_up(batch * heads_kv * head_dim_v, 4);
-  w.k_partial = w.amax_words;
-  w.words = w.k_partial + (smooth_k ? (packed ? 1 : batch) * heads_kv * slots_k * head_dim : 0);
+  std::int64_t end = 0;
+  const auto take = [&](std::int64_t words) {
+    const std::int64_t begin = end;
+    end += round_up(words, 4);
+    return begin;
+  };
+  w.ticket = take(32);  // a cache line that nothing else is in
+  for (int which : {kV, kQ, kK}) {
+    const std::int64_t groups = batch * (which == kQ ? heads : heads_kv);
+    w.tensors[which].measured = take(groups);
+    w.tensors[which].infinite = take(groups);
+    w.tensors[which].amax = take(which == kV ? groups * head_dim_v : groups);
+  }
+  const std::int64_t blocks = smooth_k ? (packed ? 1 : batch) * heads_kv * slots_k : 0;
+  w.k_blocks_summed = take(blocks);
+  w.k_sums_summed = take(smooth_k ? batch * heads_kv : 0);
+  w.k_summed = take(smooth_k ? batch * heads_kv : 0);
+  w.zero_words = end;
+  w.k_partial = take(blocks * head_dim);
+  w.words = end;
   return w;
 }
 

@@ -111,25 +111,17 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     q, k, v, *rest = inputs
-    ctx.save_for_backward(q, k, v)
-    ctx.set_materialize_grads(False)
-    ctx.scalars, ctx.deterministic = rest[_NUM_RECIPE:-1], rest[-1]
+    # The output and log-sum-exp are e4m3's. The P that the backward kernels make anew is not quite
+    # theirs; a 16-bit forward pass for its own would take the time that this one saved.
+    ops_backward.save(ctx, (q, k, v), output)
+    ctx.scalars = (*rest[_NUM_RECIPE:-2], rest[-1])  # sm_margin is the forward pass's
 
 
 def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     nothing = (None,) * (_NUM_RECIPE + 7)
-    if dout is None and dlse is None:
-        return None, None, None, *nothing
-    q, k, v = ctx.saved_tensors
-    # The output and log-sum-exp of e4m3 are not those of the P that the backward kernels make anew:
-    # rows of dS would not sum to 0, and K's mean, which the softmax does not see, would be pushed
-    # about until training fails.
-    out, lse = torch.ops.hopper_attention.forward.inference(q, k, v, *ctx.scalars)
-    of_backward = (*ctx.scalars[:-1], ctx.deterministic)  # sm_margin is the forward pass's
-    saved = (q, k, v, out, lse)
-    return *ops_backward.differentiate(saved, of_backward, dout, dlse), *nothing
+    return *ops_backward.gradients(ctx, dout, dlse)[:3], *nothing
 
 
 _library_fragment.impl("attention_fp8", _attention, "CUDA")

@@ -167,7 +167,7 @@ def _backward_fake(
     checks.kernel_limits(q.dtype, head_dim, head_dim_v)
     softmax_scale, _, window_left, window_right, softcap, _ = scalars
     checks.scalars(softmax_scale, window_left, window_right, softcap, 0)
-    _check_results(dout, dlse, q, out, lse, (batch, seqlen_q, heads, head_dim_v))
+    check_results(dout, dlse, q, out, lse, (batch, seqlen_q, heads, head_dim_v))
     # Not new_empty of the tensors' strides: the gradients are contiguous whatever the inputs were.
     if sink is not None:
         checks.sink(sink, heads, q.device)
@@ -195,21 +195,35 @@ def _check(
     dtype, dims = checks.request(
         q, k, v, (softmax_scale, causal, window_left, window_right, softcap, 0)
     )
-    _check_results(dout, dlse, q, out, lse, (dims[0], dims[1], dims[3], dims[6]))
+    check_results(dout, dlse, q, out, lse, (dims[0], dims[1], dims[3], dims[6]))
     return dtype, dims
 
 
-def _check_results(
+def check_results(
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, ...],
 ) -> None:
-    """Checks the forward pass's results and their gradients; shape is out's."""
-    batch, seqlen_q, heads, _ = shape
-    rows = (batch, heads, seqlen_q)
+    """Checks the forward pass's results and their gradients.
+
+    Args:
+        dout: shape, in q's dtype.
+        dlse: lse's shape, float32; or None.
+        q: whose dtype and device are meant.
+        out: as dout.
+        lse: (batch, heads, seqlen_q), float32; without batch where shape has none.
+        shape: (batch, seqlen_q, heads, head_dim_v), or of a packed batch (total_q, heads,
+            head_dim_v).
+
+    Raises:
+        ValueError: a shape or device is not as it should be.
+        TypeError: a dtype is not.
+    """
+    *batch, seqlen_q, heads, _ = shape
+    rows = (*batch, heads, seqlen_q)
     _check_tensor("out", out, shape, q.dtype, q)
     _check_tensor("dout", dout, shape, q.dtype, q)
     _check_tensor("lse", lse, rows, torch.float32, q)
@@ -276,8 +290,12 @@ def differentiate(
     q, k, v, out, lse, *sink = saved
     dout = torch.zeros_like(out) if dout is None else dout
     operator = backward_sink if sink else backward
-    arguments = (dout, dlse, q, k, v, out, lse, *sink, *scalars)
-    if torch.is_grad_enabled():  # create_graph=True; backward's own formula says what is wrong
+    return call(operator, dout, dlse, q, k, v, out, lse, *sink, *scalars)
+
+
+def call(operator: Callable[..., Gradients], *arguments: Any) -> Gradients:
+    """Calls a backward operator, past its own formula where autograd does not ask for it."""
+    if torch.is_grad_enabled():  # create_graph=True; the formula says what is wrong
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us
         return operator(*arguments)
@@ -290,7 +308,8 @@ def _differentiate(
     return dq, dk, dv, *(None,) * 6, dsink[0] if dsink else None, None
 
 
-def _differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
+def differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
+    """The backward operators' own formula: there is none."""
     raise NotImplementedError(
         "attention can be differentiated once: its backward pass has no gradient of its own "
         "(create_graph=True); hopper_attention.reference.attention can be differentiated twice"
@@ -302,7 +321,7 @@ for _name in _OPERATORS:
     _library_fragment.impl(_name, _backward_cpu, "CPU")
     torch.library.register_fake(f"hopper_attention::{_name}", _backward_fake, lib=_library_fragment)
     torch.library.register_autograd(
-        f"hopper_attention::{_name}", _differentiate_twice, lib=_library_fragment
+        f"hopper_attention::{_name}", differentiate_twice, lib=_library_fragment
     )
 torch.library.register_autograd(
     "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library_fragment

@@ -23,8 +23,8 @@ _SCHEMA = (
     "Tensor? seqused_k, float softmax_scale, bool causal, int window_left=-1, int window_right=-1, "
     "float softcap=0.0, int sm_margin=0{}) -> (Tensor out, Tensor lse)"
 )
-# As in ops.py, the first is what autograd and torch.compile see, and the second serves eager calls
-# without gradients.
+# As in ops.py, the first is what autograd and torch.compile see (ops_varlen_backward.py makes it
+# differentiable), and the second serves eager calls without gradients.
 _OPERATORS = {"forward_varlen": ", bool deterministic=False", "forward_varlen.inference": ""}
 for _name, _last_argument in _OPERATORS.items():
     _library_fragment.define(
@@ -198,24 +198,10 @@ def _forward_fake(
     return out, torch.empty(heads, total_q, dtype=torch.float32, device=q.device)
 
 
-def no_gradient(*_: Any, **__: Any) -> NoReturn:
-    """Refuses a call that autograd would have to differentiate."""
-    raise NotImplementedError(
-        "q, k and v: the gradient of packed batches is not built yet, so none of them may require "
-        "grad; call under torch.no_grad(), or pass sequences of one length to flash_attn_func"
-    )
-
-
 for _name in _OPERATORS:
     _library_fragment.impl(_name, _forward_cuda, "CUDA")
     _library_fragment.impl(_name, _forward_cpu, "CPU")
     torch.library.register_fake(f"hopper_attention::{_name}", _forward_fake, lib=_library_fragment)
-torch.library.register_autograd(
-    "hopper_attention::forward_varlen",
-    no_gradient,
-    setup_context=no_gradient,
-    lib=_library_fragment,
-)
 
 operator = torch.ops.hopper_attention.forward_varlen.default
 _inference = torch.ops.hopper_attention.forward_varlen.inference

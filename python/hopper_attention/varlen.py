@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, checks_varlen, ops, ops_varlen
+from . import checks, checks_varlen, ops, ops_varlen, ops_varlen_backward  # noqa: F401 (gradient)
 from .interface import normalise
 
 
@@ -38,11 +38,14 @@ def flash_attn_varlen_func(
     Sequence i has rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q and of the output, and rows
     cu_seqlens_k[i] to cu_seqlens_k[i + 1] of k and v. Each is attended to as `flash_attn_func`
     does, and nothing in another sequence, not even NaN, has a part in it. The lengths are read
-    on the device when the kernel runs, so a CUDA graph may be replayed with others.
+    on the device when the kernels run, so a CUDA graph may be replayed with others.
 
     Lengths of 0 are allowed. Rows of q that no sequence uses, those beyond seqused_q or behind the
-    last sequence, give 0 and a log-sum-exp of -inf. Where cu_seqlens are not what they should be
-    the output is meaningless, but no memory outside the tensors is touched.
+    last sequence, give 0 and a log-sum-exp of -inf, and gradients of 0; so do keys that no sequence
+    uses. Where cu_seqlens are not what they should be the output is meaningless, and so are
+    gradients, but no memory outside the tensors is touched.
+
+    q, k and v have gradients, as in `flash_attn_func`.
 
     Args:
         q: (total_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU. head_dim is a multiple
@@ -81,7 +84,7 @@ def flash_attn_varlen_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: an argument asks for what is not built yet, or a tensor requires grad.
+        NotImplementedError: an argument asks for what is not built yet.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
     lengths = checks_varlen.Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)

@@ -177,7 +177,7 @@ def compare(
             f"{what}: {name} is off by {error:.3g}, allowed {allowed:.3g}; "
             f"{where_wrong(grad, truth, allowed)}"
         )
-    _check_unseen(found, inputs, what, **of_attention)
+    check_unseen(found, inputs, what, **of_attention)
 
 
 def last_places(exact: Tensor, of: Tensor) -> float:
@@ -215,7 +215,7 @@ def sum_rounding(inputs: Sequence[Tensor], dout: Tensor | None, **options: Any) 
     }
 
 
-def _check_unseen(
+def check_unseen(
     found: Sequence[Tensor], inputs: Sequence[Tensor], what: str, **options: Any
 ) -> None:
     """Asserts that what has no part in any output has a gradient of exactly 0."""

@@ -5,10 +5,10 @@
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
-forward pass, with sums in any order and in a fixed one, and with a sink. Packed kernels run on
-sequences of several lengths, none among them. The quantizer runs by its tile, dtype and kind of
-recipe. On the device there is nothing but copies and our kernels: inputs are made, and outputs
-looked at, on the CPU.
+forward pass, with sums in any order and in a fixed one, and with a sink. Packed kernels, and in the
+backward pass those of soft caps, run on sequences of several lengths, none among them. The
+quantizer runs by its tile, dtype and kind of recipe. On the device there is nothing but copies and
+our kernels: inputs are made, and outputs looked at, on the CPU.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ BACKWARD_OPTIONS: dict[str, list[dict[str, Any]]] = {
     "full": [{}],
     "masked": [{"causal": True}, {"window_size": (70, 20)}],
     "capped": [{"softcap": 20.0}, {"softcap": 20.0, "causal": True}],
+}
+PACKED_BACKWARD_OPTIONS = {
+    "packed": BACKWARD_OPTIONS["full"] + BACKWARD_OPTIONS["masked"],
+    "capped": BACKWARD_OPTIONS["capped"],
 }
 # Of packed batches: query rows, keys, and how many of these are used. Every row sees a key.
 PACKED_LENGTHS = ((70, 0, 197, 1), (333, 7, 197, 2), (300, 0, 197, 1))
@@ -113,7 +117,11 @@ def run(name: str) -> None:
     if instance.dtype is None:
         return run_fp8(name, instance)
     if instance.backward:
-        return run_backward(name, instance, instance.dtype)
+        if instance.mask != "packed":
+            run_backward(name, instance, instance.dtype)
+        if instance.mask in PACKED_BACKWARD_OPTIONS:
+            run_packed_backward(name, instance, instance.dtype)
+        return None
     if instance.mask == "packed":
         return run_packed(name, instance, instance.dtype)
     mask = instance.mask
@@ -127,8 +135,10 @@ def run(name: str) -> None:
     return None
 
 
-def run_packed(name: str, instance: Instance, dtype: torch.dtype) -> None:
-    """Runs one instance of packed batches, with and without a list of used keys."""
+def packed_batch(
+    instance: Instance, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], dict[str, torch.Tensor], torch.Tensor]:
+    """Q, K and V of a packed batch on the device, cu_seqlens by name, and a list of used keys."""
     rows, keys, used = (torch.tensor(x, dtype=torch.int32) for x in PACKED_LENGTHS)
     q, k, v = draw(dtype, int(keys.sum()), instance.head_dim, instance.head_dim_v)
     lengths = {
@@ -136,13 +146,36 @@ def run_packed(name: str, instance: Instance, dtype: torch.dtype) -> None:
         for side, x in (("q", rows), ("k", keys))
     }
     tensors = [x.cuda() for x in (q.flatten(0, 1)[: int(rows.sum())], k[0], v[0])]
+    return tensors, lengths, used.cuda()
+
+
+def run_packed(name: str, instance: Instance, dtype: torch.dtype) -> None:
+    """Runs one instance of packed batches, with and without a list of used keys."""
+    tensors, lengths, used = packed_batch(instance, dtype)
     for options in OPTIONS["full"] + OPTIONS["masked"]:
-        for seqused_k in (None, used.cuda()):
+        for seqused_k in (None, used):
             call = {**lengths, "seqused_k": seqused_k, **options}
             plan = hopper_attention.explain(*tensors, **call)
             assert plan.instance == name, f"{name}: {plan.instance} ran with {options}"
             call |= {"max_seqlen_q": None, "max_seqlen_k": None, "return_attn_probs": True}
             check(f"{name} {options}", hopper_attention.flash_attn_varlen_func(*tensors, **call))
+
+
+def run_packed_backward(name: str, instance: Instance, dtype: torch.dtype) -> None:
+    """Runs one backward instance on packed batches, with and without a list of used keys."""
+    tensors, lengths, used = packed_batch(instance, dtype)
+    leaves = [x.requires_grad_() for x in tensors]
+    size = (*tensors[0].shape[:2], instance.head_dim_v)
+    dout = torch.randn(size, generator=torch.Generator().manual_seed(1)).to(dtype).cuda()
+    for options in PACKED_BACKWARD_OPTIONS[instance.mask]:
+        for seqused_k, deterministic in ((None, False), (used, False), (None, True), (used, True)):
+            call = {**lengths, "max_seqlen_q": None, "max_seqlen_k": None, "seqused_k": seqused_k}
+            out = hopper_attention.flash_attn_varlen_func(
+                *leaves, deterministic=deterministic, **call, **options
+            )
+            found = torch.autograd.grad(out, leaves, dout)
+            what = f"{name} packed {options}{' deterministic' if deterministic else ''}"
+            check(what, found, ("dq", "dk", "dv"))
 
 
 def run_backward(name: str, instance: Instance, dtype: torch.dtype) -> None:

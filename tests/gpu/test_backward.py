@@ -44,7 +44,9 @@ def test_the_test_above_runs_all_that_is_compiled():
         for dims in TILES
         for mask in ("full", "masked", "capped")  # test_softcap runs the last
     }
-    compiled = {name for name in _library.load().instances() if name.startswith("backward")}
+    # Those of packed batches are test_varlen_backward.py's.
+    names = [name for name in _library.load().instances() if name.startswith("backward")]
+    compiled = {name for name in names if not name.endswith("_packed")}
     assert compiled
     assert compiled <= tested
 

@@ -332,6 +332,20 @@ def test_opcheck():
     torch.library.opcheck(ops_fp8.forward_fp8, arguments, test_utils=checks)
 
 
+@HEAD_DIM
+@pytest.mark.parametrize(
+    "recipe",
+    [Fp8Recipe(v_scale="token"), Fp8Recipe("token", "token", transpose_v=False)],
+    ids=recipe_name,
+)
+def test_rows_without_keys_where_v_is_scaled_by_token(recipe, head_dim):
+    # The first 70 rows see no key, in a tile whose other rows do.
+    problem = PROBLEM.but(seqlen_q=200, seqlen_k=130, head_dim=head_dim)
+    out, lse = check(*problem.inputs(), recipe, causal=True)
+    assert not out[:, :70].any()
+    assert (lse[:, :, :70] == -math.inf).all()
+
+
 def test_compile_without_a_graph_break():
     def layer(q, k, v):
         return hopper_attention.flash_attn_fp8_func(q * 2, k, v, causal=True) + 1

@@ -29,7 +29,7 @@ def train(example):
 
     def losses(kind, head_dim, **changes):
         settings = example.Settings(
-            **{"steps": STEPS, "batch": 4, "seqlen": 512, "layers": 3, "width": 256, "warmup": 5}
+            **{"steps": STEPS, "batch": 4, "seqlen": 512, "layers": 3, "width": 256, "warmup": 10}
             | changes
         )
         with torch.enable_grad():

@@ -51,7 +51,9 @@ def test_the_tests_above_run_all_that_is_compiled():
             plan = instance_of(of_tile(tile, dtype=dtype))
             assert (plan.head_dim_tile, plan.head_dim_v_tile, plan.mask) == (*tile, "packed")
             tested.add(plan.instance)
-    assert {x for x in _library.load().instances() if x.endswith("_packed")} <= tested
+    # Those of the backward pass are test_varlen_backward.py's.
+    names = [x for x in _library.load().instances() if not x.startswith("backward")]
+    assert {x for x in names if x.endswith("_packed")} <= tested
 
 
 @CAUSAL

@@ -240,15 +240,6 @@ def test_compile_without_a_graph_break():
             torch.testing.assert_close(found, wanted)
 
 
-def test_gradients_are_refused_and_do_no_harm():
-    batch = Packed()
-    q, k, v = batch.inputs()
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="gradient of packed"):
-        attention(q.requires_grad_(), k, v, batch.lengths())
-    with torch.inference_mode():
-        check(*batch.inputs(), batch.lengths())
-
-
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_outputs_beyond_2_to_31_elements(causal):
     torch.cuda.empty_cache()

@@ -52,7 +52,7 @@ void bad_arguments_are_named() {
   CHECK(mentions("struct_size"));
 }
 
-// Programs built before sinks were added pass shorter structs.
+// Programs built before sinks, or packed batches' gradients, were added pass shorter structs.
 void older_callers_keep_working() {
   Call call;
   call.args.struct_size = offsetof(hopper_attention_forward_args, sink);
@@ -66,6 +66,9 @@ void older_callers_keep_working() {
   args.head_dim = args.head_dim_v = 64;
   uint64_t bytes = 0;
   check::context = "a backward struct without a sink";
+  CHECK(hopper_attention_backward_workspace_bytes(&args, &bytes) == HOPPER_ATTENTION_OK);
+  args.struct_size = offsetof(hopper_attention_backward_args, packed);
+  check::context = "a backward struct without packed batches";
   CHECK(hopper_attention_backward_workspace_bytes(&args, &bytes) == HOPPER_ATTENTION_OK);
 }
 
@@ -143,6 +146,15 @@ void the_backward_pass_speaks_the_same_language() {
   CHECK(hopper_attention_backward_workspace_bytes(&args, &fixed_order_bytes) ==
         HOPPER_ATTENTION_OK);
   CHECK(fixed_order_bytes > bytes);
+  args.packed = 1;
+  args.batch = 40;  // each sequence may begin a block of its own
+  CHECK(hopper_attention_backward_workspace_bytes(&args, &bytes) == HOPPER_ATTENTION_OK);
+  CHECK(bytes >= 40 * 128 * (64 + 2) * sizeof(float));
+  args.packed = 0;
+  args.cu_seqlens_q = &args.dtype;
+  CHECK(hopper_attention_backward(&args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
+  CHECK(mentions("packed is 0"));
+  args.cu_seqlens_q = nullptr;
   args.head_dim = 12;
   CHECK(hopper_attention_backward(&args) == HOPPER_ATTENTION_INVALID_ARGUMENT);
   CHECK(mentions("head_dim is 12"));

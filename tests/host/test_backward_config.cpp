@@ -43,7 +43,8 @@ void each_row_is_named_after_its_key_and_fits() {
 void there_is_one_row_for_each_head_dim_dtype_and_mask() {
   for (const HeadDims& dims : kForwardHeadDims) {
     for (Dtype dtype : kDtypes) {
-      for (MaskKind mask : {MaskKind::kFull, MaskKind::kMasked, MaskKind::kCapped}) {
+      for (MaskKind mask :
+           {MaskKind::kFull, MaskKind::kMasked, MaskKind::kPacked, MaskKind::kCapped}) {
         const BackwardKey key{dtype, dims.qk, dims.v, mask};
         check::context = expected_name(key);
         int found = 0;
@@ -51,6 +52,18 @@ void there_is_one_row_for_each_head_dim_dtype_and_mask() {
         CHECK(found == 1);
       }
     }
+  }
+}
+
+// Where a key block's sequence is read from a list: packed batches, and soft caps, whose kernels
+// serve both kinds.
+void tiles_of_packed_batches_pass_through_shared_memory() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    check::context = row.name;
+    const BackwardConfig config = make_backward_config(row.key);
+    const bool dense = row.key.mask == MaskKind::kFull || row.key.mask == MaskKind::kMasked;
+    CHECK(is_ragged(config) == !dense);
+    CHECK(tile_bytes(config) % 16 == 0 && (tile_bytes(config) > 0) == !dense);
   }
 }
 
@@ -73,7 +86,7 @@ void shared_memory_holds_every_tensor_and_barrier() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     check::context = row.name;
     const BackwardConfig config = make_backward_config(row.key);
-    const int needed = tensor_bytes(config) + barrier_bytes(config);
+    const int needed = tensor_bytes(config) + tile_bytes(config) + barrier_bytes(config);
     CHECK(shared_bytes(config) >= needed);
     CHECK(shared_bytes(config) <= needed + 2 * kNoBufferBytes + kSharedAlignment);
     CHECK(shared_bytes(config) <= 232448);  // a Hopper block's limit
@@ -181,6 +194,7 @@ void what_cannot_be_built_is_refused() {
 int main() {
   each_row_is_named_after_its_key_and_fits();
   there_is_one_row_for_each_head_dim_dtype_and_mask();
+  tiles_of_packed_batches_pass_through_shared_memory();
   shared_memory_holds_every_tensor_and_barrier();
   every_element_of_dq_has_one_place();
   what_cannot_be_built_is_refused();

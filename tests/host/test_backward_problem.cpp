@@ -43,6 +43,12 @@ void shapes_are_refused_by_name_and_value() {
   refuses("softmax_scale", invalid, [](Args& a) { a.softmax_scale = std::nanf(""); });
   refuses("softcap is -1", invalid, [](Args& a) { a.softcap = -1.0f; });
   refuses("deterministic is 2", invalid, [](Args& a) { a.deterministic = 2; });
+  refuses("packed is 2", invalid, [](Args& a) { a.packed = 2; });
+  refuses("batch is 1073741824", invalid, [](Args& a) { a.packed = 1, a.batch = 1 << 30; });
+  for (const auto lengths :
+       {&Args::cu_seqlens_q, &Args::cu_seqlens_k, &Args::seqused_q, &Args::seqused_k}) {
+    refuses("packed is 0; cu_seqlens", invalid, [=](Args& a) { a.*lengths = &a.dtype; });
+  }
   const auto unsupported = HOPPER_ATTENTION_NOT_SUPPORTED;
   refuses("head_dim_v is 136", unsupported, [](Args& a) { a.head_dim_v = 136; });
 }
@@ -105,6 +111,37 @@ void tensors_are_refused_by_name() {
   refuses_tensor("dout_stride_seq is 1028", [](Args& a) { a.dout_stride_seq = 1028; });
   refuses_tensor("dk_stride_head is -128", [](Args& a) { a.dk_stride_head = -128; });
   refuses_tensor("dq_stride_batch", [](Args& a) { a.dq_stride_batch = std::int64_t{1} << 40; });
+}
+
+Args packed_tensors() {
+  Args args = valid_tensors();
+  args.packed = 1;
+  args.cu_seqlens_q = args.cu_seqlens_k = reinterpret_cast<const std::int32_t*>(memory);
+  return args;
+}
+
+void lengths_are_refused_by_name() {
+  const auto refuses_lengths = [](const char* text, auto change) {
+    Args args = packed_tensors();
+    change(args);
+    check_refused(check_backward_tensors(args), text, HOPPER_ATTENTION_INVALID_ARGUMENT);
+  };
+  const auto* odd = reinterpret_cast<const std::int32_t*>(memory + 2);
+  refuses_lengths("cu_seqlens_q is null", [](Args& a) { a.cu_seqlens_q = nullptr; });
+  refuses_lengths("cu_seqlens_k is null", [](Args& a) { a.cu_seqlens_k = nullptr; });
+  refuses_lengths("cu_seqlens_k is not aligned", [&](Args& a) { a.cu_seqlens_k = odd; });
+  refuses_lengths("seqused_q is not aligned", [&](Args& a) { a.seqused_q = odd; });
+  refuses_lengths("seqused_k is not aligned", [&](Args& a) { a.seqused_k = odd; });
+  refuses_lengths("workspace is null", [](Args& a) { a.workspace = nullptr; });
+  refuses_lengths("dk_stride_head is 12", [](Args& a) { a.dk_stride_head = 12; });
+  Args args = packed_tensors();
+  args.dq_stride_batch = 3;
+  check::context = "a packed batch's batch stride";
+  CHECK(check_backward_tensors(args).ok());
+  args.batch = 0;
+  args.dq = nullptr;
+  check::context = "a packed batch's rows behind no sequence at all";
+  check_refused(check_backward_tensors(args), "dq is null", HOPPER_ATTENTION_INVALID_ARGUMENT);
 }
 
 void what_is_never_touched_is_not_checked() {
@@ -233,19 +270,59 @@ void grids_count_the_blocks_of_queries_and_keys() {
   }
 }
 
-void too_many_tiles_are_refused() {
+// At most a block more for each sequence, and for the rows behind the last one.
+void packed_grids_have_room_for_every_sequence() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    if (row.key.mask != MaskKind::kPacked) continue;
+    for (bool capped : {false, true}) {
+      Args args = valid_args();
+      args.packed = 1;
+      args.dtype = static_cast<int>(row.key.dtype);
+      args.head_dim = row.key.head_dim;
+      args.head_dim_v = row.key.head_dim_v;
+      args.softcap = capped ? 30.0f : 0.0f;
+      check::context = std::string(row.name) + (capped ? ", capped" : "");
+      BackwardPlan plan = plan_of(args);
+      CHECK(plan.key.mask == (capped ? MaskKind::kCapped : MaskKind::kPacked));
+      CHECK(plan.num_m_blocks == max_blocks(300, 2, plan.config.tile_m));
+      CHECK(plan.query_grid == plan.num_m_blocks * 8);
+      CHECK(plan.max_key_entries == max_blocks(500, 2, plan.config.tile_n));
+      CHECK(plan.key_grid == plan.max_key_entries * 2);
+      CHECK(plan.packed_order.heads == 2 && plan.packed_order.group_heads >= 1);
+      args.batch = 0;  // all rows are behind the last sequence, and are to be written
+      CHECK(plan_of(args).query_grid > 0 && plan_of(args).key_grid > 0);
+    }
+  }
+  for (int Args::* size : {&Args::seqlen_q, &Args::heads}) {
+    Args args = valid_args();
+    args.packed = 1;
+    args.*size = 0;
+    check::context = "a packed batch without queries";
+    CHECK(plan_of(args).query_grid == 0);
+  }
   Args args = valid_args();
-  args.seqlen_q = kMaxLength;
-  args.batch = 1 << 16;
-  BackwardPlan plan;
-  const Status status = plan_backward(args, &plan);
-  check::context = status.message;
-  CHECK(status.code == HOPPER_ATTENTION_INVALID_ARGUMENT);
-  CHECK(status.message.find("seqlen") != std::string::npos);
+  args.packed = 1;
+  args.seqlen_k = 0;
+  check::context = "a packed batch without keys";
+  CHECK(plan_of(args).key_grid == 0 && plan_of(args).query_grid > 0);
+}
+
+void too_many_tiles_are_refused() {
+  Args dense = valid_args();
+  dense.seqlen_q = kMaxLength;
+  dense.batch = 1 << 16;
+  Args packed = valid_args();  // 2^29 sequences may begin as many blocks
+  packed.packed = 1;
+  packed.batch = 1 << 29;
+  for (const Args& args : {dense, packed}) {
+    BackwardPlan plan;
+    check_refused(plan_backward(args, &plan), "seqlen", HOPPER_ATTENTION_INVALID_ARGUMENT);
+  }
 }
 
 // One after the other, aligned, each with room for its numbers, and no more than that: dQ's
-// accumulator in float32, two numbers a query row, and in a fixed order the turns.
+// accumulator in float32, two numbers a query row, in a fixed order the turns, and of a packed
+// batch the list of key blocks.
 void the_workspace_is_dq_and_two_numbers_a_row() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     for (bool deterministic : {false, true}) {
@@ -254,19 +331,24 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
       args.head_dim = row.key.head_dim;
       args.head_dim_v = row.key.head_dim_v;
       args.causal = row.key.mask == MaskKind::kMasked;
+      args.packed = row.key.mask == MaskKind::kPacked;
       args.softcap = row.key.mask == MaskKind::kCapped ? 30.0f : 0.0f;
       const BackwardPlan plan = plan_of(args);
       check::context = row.name;
       CHECK(plan.key == row.key);
-      const WorkspaceLayout layout = workspace_layout(plan, deterministic);
-      const std::uint64_t rows = 2ull * 8 * plan.num_m_blocks * plan.config.tile_m;
+      const WorkspaceLayout layout = workspace_layout(plan, args.packed != 0, deterministic);
+      const std::uint64_t heads = args.packed ? 8 : 2 * 8;
+      const std::uint64_t rows = heads * plan.num_m_blocks * plan.config.tile_m;
       CHECK(layout.lse_log2 >= rows * row.key.head_dim * 4);
       CHECK(layout.delta - layout.lse_log2 >= rows * 4);
       CHECK(layout.turns - layout.delta >= rows * 4);
       const std::uint64_t turns = rows / plan.config.tile_m;
-      CHECK(layout.bytes - layout.turns >= (deterministic ? turns * 4 : 0));
-      CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + 4 * 128);
-      for (std::uint64_t at : {layout.lse_log2, layout.delta, layout.turns, layout.bytes}) {
+      CHECK(layout.key_list - layout.turns >= (deterministic ? turns * 4 : 0));
+      const std::uint64_t list = args.packed ? key_list_bytes(plan.max_key_entries) : 0;
+      CHECK(layout.bytes - layout.key_list >= list);
+      CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + list + 5 * 128);
+      for (std::uint64_t at :
+           {layout.lse_log2, layout.delta, layout.turns, layout.key_list, layout.bytes}) {
         CHECK(at % 128 == 0);
       }
     }
@@ -274,12 +356,12 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
   Args args = valid_args();
   args.batch = 0;
   check::context = "nothing";
-  CHECK(workspace_layout(plan_of(args), true).bytes == 0);
+  CHECK(workspace_layout(plan_of(args), false, true).bytes == 0);
   check::context = "beyond 32 bits";
   args = valid_args();
   args.seqlen_q = 1 << 20;
   args.heads = 64;
-  CHECK(workspace_layout(plan_of(args), false).bytes > 2ull * 64 * (1 << 20) * 128 * 4);
+  CHECK(workspace_layout(plan_of(args), false, false).bytes > 2ull * 64 * (1 << 20) * 128 * 4);
 }
 
 }  // namespace
@@ -287,10 +369,12 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
 int main() {
   shapes_are_refused_by_name_and_value();
   tensors_are_refused_by_name();
+  lengths_are_refused_by_name();
   what_is_never_touched_is_not_checked();
   scores_are_scaled_as_in_the_forward_pass();
   groups_of_heads_are_large_enough();
   grids_count_the_blocks_of_queries_and_keys();
+  packed_grids_have_room_for_every_sequence();
   too_many_tiles_are_refused();
   the_workspace_is_dq_and_two_numbers_a_row();
   return check::result();

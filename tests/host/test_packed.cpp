@@ -1,7 +1,5 @@
 // packed.h by brute force: what a packed batch's lengths mean, its tiles, and their order.
 #include <algorithm>
-#include <climits>
-#include <random>
 #include <set>
 #include <string>
 #include <utility>
@@ -10,46 +8,11 @@
 #include "check.h"
 #include "hopper_attention/config.h"
 #include "hopper_attention/packed.h"
+#include "packed_batch.h"
 
 namespace {
 
 using namespace hopper_attention;
-
-std::mt19937 generator(20261121);
-
-int draw(int low, int high) { return std::uniform_int_distribution<int>(low, high)(generator); }
-
-struct Batch {
-  std::vector<int> cu_q{0}, cu_k{0}, used_q, used_k;
-  int behind_q = 0, behind_k = 0;  // rows behind the last sequence
-
-  int size() const { return static_cast<int>(used_q.size()); }
-  void add(int rows, int keys, int asking, int seen) {
-    cu_q.push_back(cu_q.back() + rows), cu_k.push_back(cu_k.back() + keys);
-    used_q.push_back(asking), used_k.push_back(seen);
-  }
-  PackedLengths lengths(bool with_used) const {
-    return {cu_q.data(),
-            cu_k.data(),
-            with_used ? used_q.data() : nullptr,
-            with_used ? used_k.data() : nullptr,
-            size(),
-            cu_q.back() + behind_q,
-            cu_k.back() + behind_k};
-  }
-};
-
-Batch draw_batch(int longest) {
-  Batch batch;
-  const int size = draw(0, 12);
-  for (int i = 0; i < size; ++i) {
-    const int rows = draw(0, 3) == 0 ? 0 : draw(0, longest);
-    const int keys = draw(0, 3) == 0 ? 0 : draw(0, longest);
-    batch.add(rows, keys, draw(0, rows), draw(0, keys));
-  }
-  batch.behind_q = draw(0, 1) * draw(0, longest), batch.behind_k = draw(0, 1) * draw(0, longest);
-  return batch;
-}
 
 void sequences_are_where_the_lengths_say() {
   for (int round = 0; round < 300; ++round) {
@@ -62,21 +25,17 @@ void sequences_are_where_the_lengths_say() {
         const int rows = batch.cu_q[i + 1] - batch.cu_q[i];
         const int keys = batch.cu_k[i + 1] - batch.cu_k[i];
         CHECK(found.q_begin == batch.cu_q[i] && found.rows == rows);
-        CHECK(found.k_begin == batch.cu_k[i]);
+        CHECK(found.k_begin == batch.cu_k[i] && found.keys == keys);
         CHECK(found.seqlen_q == (with_used ? batch.used_q[i] : rows));
         CHECK(found.seqlen_k == (with_used ? batch.used_k[i] : keys));
       }
       check::context = "the rows behind the last sequence";
       const Sequence nobodys = sequence_at(lengths, batch.size());
       CHECK(nobodys.q_begin == batch.cu_q.back() && nobodys.rows == batch.behind_q);
+      CHECK(nobodys.k_begin == batch.cu_k.back() && nobodys.keys == batch.behind_k);
       CHECK(nobodys.seqlen_q == 0 && nobodys.seqlen_k == 0);
     }
   }
-}
-
-int draw_nonsense(int total) {
-  constexpr int kExtremes[] = {INT_MIN, INT_MIN + 1, -1, 0, 1, INT_MAX - 1, INT_MAX};
-  return draw(0, 2) == 0 ? kExtremes[draw(0, 6)] : draw(-total, 2 * total);
 }
 
 void nonsense_never_reaches_beyond_the_tensors() {
@@ -93,16 +52,10 @@ void nonsense_never_reaches_beyond_the_tensors() {
       const Sequence found = sequence_at(lengths, i);
       CHECK(found.q_begin >= 0 && found.rows >= 0 && found.q_begin + found.rows <= total_q);
       CHECK(found.seqlen_q >= 0 && found.seqlen_q <= found.rows);
-      CHECK(found.k_begin >= 0 && found.seqlen_k >= 0);
-      CHECK(found.k_begin + found.seqlen_k <= total_k);
+      CHECK(found.k_begin >= 0 && found.keys >= 0 && found.k_begin + found.keys <= total_k);
+      CHECK(found.seqlen_k >= 0 && found.seqlen_k <= found.keys);
     }
   }
-}
-
-// abi.h's definition; -1 is unbounded.
-bool sees(int seqlen_q, int seqlen_k, int left, int right, int row, int key) {
-  const int position = row + seqlen_k - seqlen_q;
-  return (left < 0 || key >= position - left) && (right < 0 || key <= position + right);
 }
 
 void masks_made_for_the_totals_fit_each_sequence() {

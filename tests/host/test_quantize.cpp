@@ -1,4 +1,5 @@
-// The quantizer's geometry and checks, against brute force.
+// The quantizer's geometry, checks and order of tiles, against brute force.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -164,10 +165,11 @@ void plans() {
   Call call;
   check::context = "plan";
   CHECK(plan_quantize(call.args, &plan).ok());
-  CHECK(plan.tile == 128 && !plan.second_amax);
-  CHECK(plan.params.tensors[kQ].num_tasks == 2 * 4 * 1);
-  CHECK(plan.params.tensors[kK].num_tasks == 2 * 2 * 3);
-  CHECK(plan.params.num_tasks == 8 + 12 + 12);
+  CHECK(plan.tile == 128);
+  CHECK(plan.params.tensors[kQ].order.num_tiles == 2 * 4 * 1);
+  CHECK(plan.params.tensors[kK].order.num_tiles == 2 * 2 * 3);
+  schedule_quantize(100, &plan);
+  CHECK(plan.params.schedule.num_tickets == 8 + 12 + 2 * 12);
   CHECK(plan.params.tensors[kV].find_amax && !plan.params.tensors[kQ].find_amax);
   CHECK(plan.params.tensors[kQ].aligned);
 
@@ -179,23 +181,152 @@ void plans() {
   call.args.head_dim = 96;
   std::memset(call.args.sign_bits, 0xff, sizeof(call.args.sign_bits));
   CHECK(plan_quantize(call.args, &plan).ok());
-  CHECK(plan.tile == 256 && plan.second_amax);
+  CHECK(plan.tile == 256);
+  schedule_quantize(100, &plan);
+  CHECK(plan.params.schedule.num_tickets == 2 * 8 + 3 * 12 + 2 * 12);
   CHECK(!plan.params.tensors[kQ].aligned && plan.params.tensors[kK].aligned);
-  CHECK(plan.params.hadamard_log2 == 5);
+  CHECK(plan.params.hadamard_log2 == 5 && !plan.params.hadamard_scale_is_exact);
   CHECK(plan.params.hadamard_scale == static_cast<float>(1.0 / std::sqrt(32.0)));
   CHECK(plan.params.sign_bits[2] == 0xffffffffu && plan.params.sign_bits[3] == 0);
 
-  // The parts of the workspace lie apart, and the last ends where it ends.
-  const QuantizeWorkspace& w = plan.workspace;
-  CHECK(w.k_amax >= w.q_amax + 2 * 4 && w.v_amax >= w.k_amax + 2 * 2);
-  CHECK(w.amax_words >= w.v_amax + 2 * 2 * 136 && w.k_partial >= w.amax_words);
-  CHECK(w.words == w.k_partial + 2 * 2 * 3 * 96);
+  // The stride of a single token is never taken.
+  call.args.seqlen_q = 1;
+  CHECK(plan_quantize(call.args, &plan).ok() && plan.params.tensors[kQ].aligned);
 
   call.args.seqlen_k = call.args.seqlen_q = 1 << 29;
   call.args.heads = call.args.heads_kv = 1 << 12;
   const Status status = plan_quantize(call.args, &plan);
   check::context = status.message;
-  CHECK(status.message.find("more than 2^30 blocks") != std::string::npos);
+  CHECK(status.message.find("more than 2^29 blocks") != std::string::npos);
+}
+
+// The parts of the workspace lie apart, and the last ends where it ends.
+void workspaces() {
+  const std::int64_t batch = 2, heads = 5, heads_kv = 3, dim = 96, dim_v = 136, slots = 7;
+  for (bool smooth : {false, true}) {
+    for (bool packed : {false, true}) {
+      check::context =
+          std::string("workspace") + (smooth ? ", smooth" : "") + (packed ? ", packed" : "");
+      const QuantizeWorkspace w =
+          quantize_workspace(batch, heads, heads_kv, dim, dim_v, slots, packed, smooth);
+      const std::int64_t blocks = smooth ? (packed ? 1 : batch) * heads_kv * slots : 0;
+      const std::int64_t means = smooth ? batch * heads_kv : 0;
+      struct Part {
+        std::int64_t begin, words;
+      };
+      std::vector<Part> parts = {{w.ticket, 1}};
+      for (int which : {kV, kQ, kK}) {
+        const std::int64_t groups = batch * (which == kQ ? heads : heads_kv);
+        parts.push_back({w.tensors[which].measured, groups});
+        parts.push_back({w.tensors[which].infinite, groups});
+        parts.push_back({w.tensors[which].amax, which == kV ? groups * dim_v : groups});
+      }
+      parts.push_back({w.k_blocks_summed, blocks});
+      parts.push_back({w.k_sums_summed, means});
+      parts.push_back({w.k_summed, means});
+      std::int64_t end = 0;
+      for (const Part& part : parts) {
+        CHECK(part.begin >= end && part.begin % 4 == 0);
+        end = part.begin + part.words;
+      }
+      CHECK(w.zero_words >= end && w.k_partial >= w.zero_words);
+      CHECK(w.words >= w.k_partial + blocks * dim);
+    }
+  }
+}
+
+// Each tile of each pass is drawn once, in a time that passes, and after all that it waits for.
+void tickets_are_sound(const QuantizeParams& params) {
+  const QuantizeSchedule& schedule = params.schedule;
+  std::vector<std::vector<int>> drawn(schedule.num_streams);
+  for (int s = 0; s < schedule.num_streams; ++s) {
+    drawn[s].assign(schedule.streams[s].num_tiles, -1);
+  }
+  std::int32_t segment = 0;
+  bool once = true;
+  for (int ticket = 0; ticket < schedule.num_tickets; ++ticket) {
+    const auto at = schedule(ticket, segment);
+    std::int32_t from_start = 0;
+    const auto again = schedule(ticket, from_start);
+    once = once && again.stream == at.stream && again.tile == at.tile;
+    int& place = drawn.at(at.stream).at(at.tile);
+    once = once && place == -1;
+    place = ticket;
+  }
+  CHECK(once);
+  bool in_time = true;
+  for (int s = 0; s < schedule.num_streams; ++s) {
+    const QuantizeStream& stream = schedule.streams[s];
+    for (int ticket : drawn[s]) CHECK(ticket >= 0);
+    const bool follows = s > 0 && schedule.streams[s - 1].which == stream.which;
+    CHECK(stream.last ==
+          (s + 1 == schedule.num_streams || schedule.streams[s + 1].which != stream.which));
+    if (!follows) continue;
+    const QuantizeTensor& tensor = params.tensors[stream.which];
+    const bool whole = tensor.scale == ScaleKind::kTensor && stream.pass == QuantizePass::kQuantize;
+    for (int tile = 0; tile < stream.num_tiles; ++tile) {
+      for (int before = 0; before < stream.num_tiles; ++before) {
+        const auto mine = tensor.order(tile), its = tensor.order(before);
+        const bool same = mine.head == its.head && mine.sequence == its.sequence;
+        if (whole || same) in_time = in_time && drawn[s - 1][before] < drawn[s][tile];
+      }
+    }
+  }
+  CHECK(in_time);
+}
+
+void schedules() {
+  std::mt19937 random(3);
+  const auto below = [&](int n) { return static_cast<int>(random() % n); };
+  for (int round = 0; round < 300; ++round) {
+    QuantizePlan plan;
+    Call call;
+    auto& a = call.args;
+    a.batch = 1 + below(3);
+    a.heads = below(7);
+    a.heads_kv = below(5);
+    a.seqlen_q = below(5) == 0 ? 0 : below(1500);
+    a.seqlen_k = below(5) == 0 ? 0 : below(round % 10 == 0 ? 40000 : 1500);
+    a.qk_scale = below(4);
+    const int v_scales[] = {0, 1, 3, 4};
+    a.v_scale = v_scales[below(4)];
+    a.smooth_k = below(2);
+    if (below(3) == 0)
+      a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<std::int32_t*>(call.memory);
+    check::context = "schedule of round " + std::to_string(round);
+    CHECK(plan_quantize(a, &plan).ok());
+    schedule_quantize(below(3) == 0 ? 0 : below(400), &plan);
+    tickets_are_sound(plan.params);
+  }
+}
+
+// Tiles are each of (sequence, head, slot), a group's heads side by side.
+void head_orders() {
+  for (int heads : {1, 2, 3, 12, 16}) {
+    for (int slots : {0, 1, 5, 128, 300, 600}) {
+      for (bool one_pass : {false, true}) {
+        const HeadOrder order = head_order(2, heads, slots, one_pass);
+        const int tiles = std::max(slots, 1);
+        check::context = "order of " + std::to_string(heads) + " heads, " + std::to_string(slots);
+        CHECK(order.num_tiles == 2 * heads * tiles);
+        const int group = order.by_group.divisor;
+        CHECK(heads % group == 0 &&
+              (one_pass ? group == heads : group * tiles <= std::max(512, tiles)));
+        std::vector<bool> seen(order.num_tiles);
+        int sequence = 0;
+        for (int i = 0; i < order.num_tiles; ++i) {
+          const auto tile = order(i);
+          CHECK(tile.sequence >= sequence && tile.sequence < 2);
+          sequence = tile.sequence;
+          CHECK(tile.head >= 0 && tile.head < heads && tile.slot >= 0 && tile.slot < tiles);
+          const int at = (tile.sequence * heads + tile.head) * tiles + tile.slot;
+          CHECK(!seen.at(at));
+          seen.at(at) = true;
+          if (i % group != 0) CHECK(order(i - 1).slot == tile.slot);
+        }
+      }
+    }
+  }
 }
 
 void empty_calls() {
@@ -211,10 +342,11 @@ void empty_calls() {
   CHECK(call.refused("q_descale is null"));
   QuantizePlan plan;
   CHECK(plan_quantize(call.args, &plan).ok());
-  CHECK(plan.params.tensors[kV].num_tasks == 4);  // a task each writes the scales
+  CHECK(plan.params.tensors[kV].order.num_tiles == 4);  // a tile each writes the scales
   call.args.heads_kv = 0;
   CHECK(plan_quantize(call.args, &plan).ok());
-  CHECK(plan.params.tensors[kV].num_tasks == 0 && plan.params.tensors[kQ].num_tasks == 8);
+  CHECK(plan.params.tensors[kV].order.num_tiles == 0);
+  CHECK(plan.params.tensors[kQ].order.num_tiles == 8);
 }
 
 }  // namespace
@@ -226,6 +358,9 @@ int main() {
   wrong_arguments_are_named();
   wrong_rotary_is_named();
   plans();
+  workspaces();
+  head_orders();
+  schedules();
   empty_calls();
   return check::result();
 }

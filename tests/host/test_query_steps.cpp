@@ -12,6 +12,7 @@
 #include "backward/problem.h"
 #include "check.h"
 #include "hopper_attention/query_steps.h"
+#include "packed_batch.h"
 #include "small_problem.h"
 
 namespace {
@@ -69,61 +70,130 @@ void steps_are_those_of_two_loops() {
 // A block of the grid with what is left of its steps.
 struct Running {
   int n_block;
+  Mask mask;  // of its sequence
   QuerySteps at;
 };
 
-Running start(const BackwardPlan& plan, const Args& args, int work_idx) {
-  const WorkTile work = plan.order(work_idx);
-  const int n_block = key_block(plan.order, work, plan.last_first);
-  const int begin = n_block * plan.config.tile_n;
-  const int end = std::min(begin + plan.config.tile_n, args.seqlen_k);
+BackwardPlan plan_of(const Args& args) {
+  BackwardPlan plan;
+  CHECK(plan_backward(args, &plan).ok());
+  return plan;
+}
+
+// The grid's blocks in the order in which they start.
+std::vector<Running> dense_grid(const BackwardPlan& plan, const Args& args) {
+  std::vector<Running> grid;
   const int group = args.heads / args.heads_kv;
-  const std::int64_t pair = static_cast<std::int64_t>(work.batch) * args.heads_kv + work.head;
-  return {n_block,
-          {query_blocks(plan.mask, begin, end, plan.config.tile_m), group, plan.num_m_blocks,
-           plan.descending, pair * group * plan.num_m_blocks}};
+  for (int work_idx = 0; work_idx < plan.key_grid; ++work_idx) {
+    const WorkTile work = plan.order(work_idx);
+    const int n_block = key_block(plan.order, work, plan.last_first);
+    const int begin = n_block * plan.config.tile_n;
+    const int end = std::min(begin + plan.config.tile_n, args.seqlen_k);
+    const std::int64_t pair = static_cast<std::int64_t>(work.batch) * args.heads_kv + work.head;
+    grid.push_back({n_block,
+                    plan.mask,
+                    {query_blocks(plan.mask, begin, end, plan.config.tile_m), group,
+                     plan.num_m_blocks, plan.descending, pair * group * plan.num_m_blocks}});
+  }
+  return grid;
+}
+
+// As list_keys.cuh makes it in a fixed order: of a group the sequences of many key blocks first,
+// otherwise in any order, and a sequence's blocks from the last to the first.
+std::vector<KeyEntry> ordered_list(const BackwardPlan& plan, const PackedLengths& lengths,
+                                   int group) {
+  std::vector<int> sequences;
+  for (int i = 0; i <= lengths.batch; ++i) {
+    if (plan.packed_order.group_of(sequence_at(lengths, i).q_begin) == group)
+      sequences.push_back(i);
+  }
+  auto blocks_of = [&](int i) {
+    return (sequence_at(lengths, i).keys + plan.config.tile_n - 1) / plan.config.tile_n;
+  };
+  std::shuffle(sequences.begin(), sequences.end(), generator);
+  std::stable_sort(sequences.begin(), sequences.end(), [&](int a, int b) {
+    return cost_bucket(blocks_of(a)) > cost_bucket(blocks_of(b));
+  });
+  std::vector<KeyEntry> list;
+  for (int i : sequences) {
+    const Sequence own = sequence_at(lengths, i);
+    const int first_block = first_query_block(own.q_begin, i, plan.config.tile_m);
+    for (int n_block = blocks_of(i) - 1; n_block >= 0; --n_block) {
+      list.push_back({n_block, first_block, own.q_begin, own.seqlen_q, own.k_begin, own.seqlen_k,
+                      own.keys, 0});
+    }
+  }
+  return list;
+}
+
+std::vector<Running> packed_grid(const BackwardPlan& plan, const Args& args,
+                                 const PackedLengths& lengths) {
+  std::vector<Running> grid;
+  const int heads = args.heads / args.heads_kv;
+  for (int group = 0; group < plan.packed_order.num_groups; ++group) {
+    const std::vector<KeyEntry> list = ordered_list(plan, lengths, group);
+    const int entries = static_cast<int>(list.size());
+    for (int work_idx = 0; work_idx < entries * args.heads_kv; ++work_idx) {
+      const PackedOrder::Work work = plan.packed_order(work_idx, entries);
+      const KeyEntry& entry = list[work.entry];
+      const Mask mask = sequence_mask(plan.mask, entry.seqlen_q, entry.seqlen_k);
+      const std::int64_t first = std::int64_t{work.head} * heads * plan.num_m_blocks;
+      grid.push_back(
+          {entry.n_block,
+           mask,
+           {tile_query_blocks(mask, entry.n_block, plan.config.tile_m, plan.config.tile_n), heads,
+            plan.num_m_blocks, plan.descending, first + entry.first_block}});
+    }
+  }
+  CHECK(static_cast<int>(grid.size()) <= plan.key_grid);
+  return grid;
+}
+
+// What has been added to a query block of the workspace.
+struct Added {
+  std::set<int> key_blocks;
+  int expected;  // of these
+};
+
+int count_key_blocks(const BackwardPlan& plan, const Mask& mask, int m_block) {
+  const BlockRange seen = tile_key_blocks(mask, m_block, plan.config.tile_m, plan.config.tile_n);
+  return seen.end - seen.begin;
 }
 
 // Goes on for as long as any block that runs can, one step a round at most.
-void all_get_their_turns(const Args& args, int places) {
-  BackwardPlan plan;
-  CHECK(plan_backward(args, &plan).ok());
-  std::map<std::int64_t, unsigned int> turns;
-  std::map<std::int64_t, std::set<int>> added;
+void all_get_their_turns(const BackwardPlan& plan, const std::vector<Running>& grid, int places) {
+  std::map<std::int64_t, Added> added;
   std::vector<Running> running;
-  int next = 0;
+  std::size_t next = 0;
   bool moved = true;
   while (moved) {
     moved = false;
-    while (next < plan.key_grid && static_cast<int>(running.size()) < places) {
-      running.push_back(start(plan, args, next++));
+    while (next < grid.size() && static_cast<int>(running.size()) < places) {
+      running.push_back(grid[next++]);
     }
     for (std::size_t i = 0; i < running.size();) {
       Running& block = running[i];
-      const bool done = block.at.done();
-      if (done) {
+      if (block.at.done()) {
         running.erase(running.begin() + static_cast<std::ptrdiff_t>(i));
         moved = true;
         continue;
       }
-      const unsigned int own = add_turn(plan.mask, block.n_block, block.at.m_block,
+      const unsigned int own = add_turn(block.mask, block.n_block, block.at.m_block,
                                         plan.config.tile_m, plan.config.tile_n, plan.last_first);
-      if (turns[block.at.block] == own) {
-        CHECK(added[block.at.block].insert(block.n_block).second);
-        ++turns[block.at.block];
+      Added& to = added[block.at.block];
+      if (to.key_blocks.size() == own) {
+        to.expected = count_key_blocks(plan, block.mask, block.at.m_block);
+        CHECK(to.key_blocks.insert(block.n_block).second);
         block.at.advance();
         moved = true;
       }
       ++i;
     }
   }
-  CHECK(running.empty() && next == plan.key_grid);
-  for (const auto& [block, blocks] : added) {
-    const int m_block = static_cast<int>(block % plan.num_m_blocks);
-    const int row_end = std::min((m_block + 1) * plan.config.tile_m, args.seqlen_q);
-    const BlockRange seen =
-        key_blocks(plan.mask, m_block * plan.config.tile_m, row_end, plan.config.tile_n);
-    CHECK(static_cast<int>(blocks.size()) == seen.end - seen.begin);
+  CHECK(running.empty() && next == grid.size());
+  for (const auto& [block, to] : added) {
+    CHECK(block >= 0 && block < plan.query_grid);
+    CHECK(static_cast<int>(to.key_blocks.size()) == to.expected);
   }
 }
 
@@ -151,10 +221,48 @@ void every_plan_in_a_fixed_order_comes_to_an_end() {
                              std::to_string(w.causal) + ", window (" + std::to_string(w.left) +
                              ", " + std::to_string(w.right) + "), heads_kv " +
                              std::to_string(heads_kv) + ", places " + std::to_string(places);
-            all_get_their_turns(args, places);
+            const BackwardPlan plan = plan_of(args);
+            const std::vector<Running> grid = dense_grid(plan, args);
+            CHECK(static_cast<int>(grid.size()) == plan.key_grid);
+            all_get_their_turns(plan, grid, places);
           }
         }
       }
+    }
+  }
+}
+
+// Sequences without rows or keys, or with some that they do not use, among them.
+void every_packed_plan_in_a_fixed_order_comes_to_an_end() {
+  for (int round = 0; round < 400; ++round) {
+    const Batch batch = draw_batch(draw(0, 3) == 0 ? 3 : 500);
+    const PackedLengths lengths = batch.lengths(draw(0, 1) == 1);
+    Args args = small_problem<Args>();
+    args.packed = 1;
+    args.batch = lengths.batch;
+    args.seqlen_q = lengths.total_q;
+    args.seqlen_k = lengths.total_k;
+    constexpr int kHeadDims[] = {64, 128, 256};
+    args.head_dim = args.head_dim_v = kHeadDims[draw(0, 2)];
+    args.heads = 6;
+    args.heads_kv = draw(0, 1) == 1 ? 6 : 2;
+    args.causal = draw(0, 1);
+    args.window_left = draw(0, 1) == 1 ? draw(0, 200) : -1;
+    args.window_right = draw(0, 1) == 1 ? draw(0, 200) : -1;
+    args.softcap = draw(0, 3) == 0 ? 30.0f : 0.0f;
+    args.deterministic = 1;
+    BackwardPlan plan = plan_of(args);
+    CHECK(plan.last_first && !plan.descending);
+    if (draw(0, 1) == 1) {  // as where L2 does not hold all
+      plan.packed_order.num_groups = 3;
+      plan.packed_order.group_keys = lengths.total_q / 3 + 1;
+      plan.packed_order.group_heads = draw(1, args.heads_kv);
+    }
+    for (int places : {1, 3, 132}) {
+      check::context = "packed, round " + std::to_string(round) + ", " +
+                       std::to_string(lengths.batch) + " sequences, places " +
+                       std::to_string(places);
+      all_get_their_turns(plan, packed_grid(plan, args, lengths), places);
     }
   }
 }
@@ -164,5 +272,6 @@ void every_plan_in_a_fixed_order_comes_to_an_end() {
 int main() {
   steps_are_those_of_two_loops();
   every_plan_in_a_fixed_order_comes_to_an_end();
+  every_packed_plan_in_a_fixed_order_comes_to_an_end();
   return check::result();
 }

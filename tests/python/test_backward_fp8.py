@@ -48,16 +48,14 @@ def test_fp8_differentiates_straight_through(gradient_library, attended, recipe)
     assert torch.equal(out, out_fp8)
     (call,) = gradient_library.calls
     assert (call["q"], call["k"], call["v"]) == (q.data_ptr(), k.data_ptr(), v.data_ptr())
-    # 16-bit attention's, made anew: e4m3's would not fit the P that the backward pass makes.
-    assert call["out"] != out.data_ptr()
-    assert call["lse"] != lse.data_ptr()
+    assert (call["out"], call["lse"]) == (out.data_ptr(), lse.data_ptr())
     assert call["deterministic"]
     assert torch.equal(lse, lse_fp8)
     exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
     outputs = reference.attention(*exact, **arguments)
     expected = torch.autograd.grad(outputs, exact, (dout.double(), dlse.double()))
     for x, y in zip(found, expected, strict=True):
-        assert (x.double() - y).norm() < 0.02 * y.norm()  # nothing of e4m3's 3 bits
+        assert (x.double() - y).norm() < 0.15 * y.norm()  # e4m3 has 3 bits after the first
 
 
 def test_fp8_without_gradients_goes_the_old_way(gradient_library, monkeypatch):

@@ -133,7 +133,7 @@ def test_stored_results_are_shown_without_a_card(stored, tmp_path):
         (
             [],
             "name a suite: forward, forward-shapes, host, rmse, backward, backward-shapes, "
-            "backward-rmse, fp8, quantize, fp8-accuracy or all",
+            "backward-rmse, varlen, fp8, quantize, fp8-accuracy or all",
         ),
         (["sideways"], "unknown suite 'sideways'"),
         (["forward", "--only", "d512"], "'d512' matches no shape"),

@@ -58,6 +58,16 @@ def test_a_prepared_backward_call_takes_fourteen_addresses():
         call(*[16] * 13, -1)
 
 
+def test_a_prepared_backward_call_of_a_packed_batch_takes_sixteen_addresses():
+    arguments = (1, 3, 64, 64, 2, 2, 64, 64, (STRIDES[1:],) * 8, 0.125, 0.0, True, -1, 0, False)
+    call, workspace_bytes = _library.load().prepare_varlen_backward(*arguments)
+    assert workspace_bytes >= 2 * (64 + 3 * 128) * (64 + 2) * 4  # a tile for each sequence
+    with pytest.raises(TypeError, match="takes 16 addresses, got 14"):
+        call(*range(14))
+    with pytest.raises(OverflowError):
+        call(*[16] * 15, -1)
+
+
 def test_prepare_backward_raises_what_the_library_says():
     with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
         _library.load().prepare_backward(*backward_arguments(heads_kv=3))

@@ -38,16 +38,14 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     **{
         f"backward_{dtype}_d64_{mask}": IN_THE_LOOP
         for dtype in ("fp16", "bf16")
-        for mask in ("masked", "capped")
+        for mask in ("masked", "packed", "capped")
     },
     "e4m3_d128_masked": IN_THE_LOOP,
-    "e4m3_d192_masked": TRANSPOSING,
-    "e4m3_d256_full": IN_THE_LOOP,
+    "e4m3_d256_full": OUTSIDE_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
-    "e4m3fast_d192_masked": TRANSPOSING,
     "e4m3fast_d256_masked": TRANSPOSING,
-    "quantize": "the task's number and the address of the stage, once for 32 elements a thread",
+    "quantize": "the task's number and addresses, read a few times for 64 elements a thread",
 }
 # Kernels that multiply no matrices, with the log of each.
 OTHER_KERNELS = {

@@ -48,6 +48,8 @@ NAMES = [
     "backward_rmse",
     "evidence",
     "study",
+    "varlen_forward",
+    "varlen_backward",
     "fp8_recipes",
     "fp8_context",
     "fp8_words",

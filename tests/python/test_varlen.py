@@ -1,13 +1,9 @@
 """Packed batches: the function's arguments, and what the operator passes to the library.
 
-A library that stands in for the compiled one reads tensors by address and strides, as the kernels
-do, and computes with the float64 reference: wrong pointers or strides give wrong results.
+The library is varlen_library.py's.
 """
 
-import ctypes
-import dataclasses
 import inspect
-import json
 import math
 
 import numpy as np
@@ -15,106 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from varlen_library import ANSWER, CU_K, CU_Q, STREAM, cumulate, install_library, random_qkv
 
 import hopper_attention
-from hopper_attention import _layout, _library, ops, ops_varlen, reference
+from hopper_attention import _layout, reference
 from hopper_attention import flash_attn_varlen_func as attend
-
-ADDRESSES = ["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"]
-ADDRESSES += ["out", "lse", "workspace", "stream"]
-SIZES = ["batch", "total_q", "total_k", "heads", "heads_kv", "head_dim", "head_dim_v"]
-STRIDES = ["q_strides", "k_strides", "v_strides", "out_strides"]
-SCALARS = ["softmax_scale", "softcap", "causal", "window_left", "window_right", "sm_margin"]
-STREAM = 4711
-WORKSPACE_BYTES = 640
-ANSWER = {x.name: x.name for x in dataclasses.fields(hopper_attention.Explanation)}
-del ANSWER["copies"]
-
-
-def at(address, shape, strides, dtype):
-    """The tensor of this shape at an address."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    size = torch.empty((), dtype=dtype).element_size()
-    memory = (ctypes.c_char * (extent * size)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
-
-
-class FakeLibrary:
-    def __init__(self):
-        self.calls = []
-        self.asked = []
-
-    def prepare_varlen(self, dtype, *arguments):
-        prepared = dict(zip([*SIZES, *STRIDES, *SCALARS], arguments, strict=True))
-        self.asked.append(prepared | {"dtype": dtype})
-        return lambda *addresses: self.forward(dtype, prepared, addresses), WORKSPACE_BYTES
-
-    def explain_varlen(self, dtype, *arguments):
-        prepared = dict(zip([*SIZES, *STRIDES, *SCALARS], arguments, strict=True))
-        self.asked.append(prepared | {"dtype": dtype})
-        return json.dumps(ANSWER)
-
-    def forward(self, dtype, call, addresses):
-        p = dict(zip(ADDRESSES, addresses, strict=True))
-        self.calls.append(call | p)
-        assert p["stream"] == STREAM
-        dtype = (torch.float16, torch.bfloat16)[dtype]
-        batch, total_q, total_k, heads, heads_kv, d, d_v = (call[name] for name in SIZES)
-        rows, keys = (total_q, heads), (total_k, heads_kv)
-        shapes = {"q": (*rows, d), "k": (*keys, d), "v": (*keys, d_v), "out": (*rows, d_v)}
-        tensors = {}
-        for name, shape in shapes.items():
-            assert p[name] % 16 == 0
-            assert all(stride % 8 == 0 for stride in call[f"{name}_strides"])
-            tensors[name] = at(p[name], shape, (*call[f"{name}_strides"], 1), dtype)
-        ints = (torch.int32,)
-        lengths = [at(p[f"cu_seqlens_{x}"], (batch + 1,), (1,), *ints) for x in "qk"]
-        lengths += [
-            at(p[f"seqused_{x}"], (batch,), (1,), *ints) if p[f"seqused_{x}"] else None
-            for x in "qk"
-        ]
-        at(p["workspace"], (WORKSPACE_BYTES,), (1,), torch.uint8).fill_(255)
-        window = (call["window_left"], call["window_right"])
-        options = (call["softmax_scale"], call["causal"], window, call["softcap"])
-        exact, lse = reference.varlen_attention(
-            tensors["q"], tensors["k"], tensors["v"], *lengths, *options
-        )
-        tensors["out"].copy_(exact)
-        at(p["lse"], lse.shape, (total_q, 1), torch.float32).copy_(lse)
-
-
-def install_library(monkeypatch):
-    """A stand-in library, and CPU tensors that go the way of CUDA ones to it."""
-    fake = FakeLibrary()
-    monkeypatch.setattr(_library, "_module", fake)
-    monkeypatch.setattr(ops_varlen, "forward", ops_varlen._forward_cuda)
-    monkeypatch.setattr(ops_varlen, "_plans", {})
-    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
-    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
-    monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
-    return fake
 
 
 @pytest.fixture
 def library(monkeypatch):
     return install_library(monkeypatch)
-
-
-def cumulate(*lengths):
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-CU_Q, CU_K = cumulate(3, 0, 5, 2), cumulate(4, 6, 1, 2)
-
-
-def random_qkv(total_q=12, total_k=13, heads=4, heads_kv=2, d=16, d_v=None, dtype=torch.bfloat16):
-    return (
-        torch.randn(total_q, heads, d).to(dtype),
-        torch.randn(total_k, heads_kv, d).to(dtype),
-        torch.randn(total_k, heads_kv, d if d_v is None else d_v).to(dtype),
-    )
 
 
 def assert_attends(q, k, v, cu_q=CU_Q, cu_k=CU_K, used_q=None, used_k=None, **arguments):

@@ -1,42 +1,16 @@
-"""Packed batches without a device: fake tensors, torch.compile, autograd's refusal."""
+"""Packed batches without a device: fake tensors and torch.compile."""
 
-import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from varlen_library import CU_K, CU_Q, random_qkv
 
 from hopper_attention import flash_attn_varlen_func as attend
 from hopper_attention import ops_varlen
 
 
-def cumulate(*lengths):
-    return torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
-
-
-CU_Q, CU_K = cumulate(3, 0, 5, 2), cumulate(4, 6, 1, 2)
-
-
-def random_qkv(total_q=12, total_k=13, heads=4, heads_kv=2, d=16, d_v=None, dtype=torch.bfloat16):
-    return (
-        torch.randn(total_q, heads, d).to(dtype),
-        torch.randn(total_k, heads_kv, d).to(dtype),
-        torch.randn(total_k, heads_kv, d if d_v is None else d_v).to(dtype),
-    )
-
-
 def meta_call(**changes):
     return [x.to("meta") for x in (*random_qkv(**changes), CU_Q, CU_K)]
-
-
-@pytest.mark.parametrize("position", [0, 1, 2])
-def test_gradients_are_refused(position):
-    tensors = meta_call()
-    tensors[position].requires_grad_()
-    for function in (attend, lambda *x: ops_varlen.operator(*x[:5], None, None, 0.25, True)):
-        with pytest.raises(NotImplementedError, match="gradient of packed batches is not built"):
-            function(*tensors, 5, 6)
-    with torch.no_grad():
-        assert not attend(*tensors, 5, 6).requires_grad
 
 
 def test_fake_implementation():

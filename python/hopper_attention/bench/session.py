@@ -19,6 +19,8 @@ from hopper_attention.bench.rmse import run_rmse
 from hopper_attention.bench.runner import Outcome, Progress, run_timed
 from hopper_attention.bench.shapes import BACKWARD_SUITES, Shape
 from hopper_attention.bench.timing import Ceilings, Clock, CudaClock
+from hopper_attention.bench.varlen import PackedContestant
+from hopper_attention.bench.varlen_suite import VARLEN_NOTE, run_varlen
 
 NOTES = [
     "ms: median device time of a call; suite host: of the host's time a call (host_us)",
@@ -28,6 +30,7 @@ NOTES = [
     "time; copy: a device copy that reads and writes as many bytes",
     SAMPLE_NOTE,
     GRADIENTS_NOTE,
+    VARLEN_NOTE,
     FP8_NOTE,
     "run: when the run began; only records of one run are compared, for cards slow down as they "
     "warm up",
@@ -47,6 +50,7 @@ class Session:
         clock: What measures instead of each suite's own clock; for tests.
         backward: Who takes part in those of the backward pass.
         fp8: Who takes part in those of e4m3.
+        varlen: Who takes part in that of packed batches.
         header: The machine and the sources, as result files have them.
         outcome: What was measured so far.
         ceilings: The card's own limits; None leaves them unmeasured.
@@ -61,6 +65,7 @@ class Session:
     clock: Clock | None = None
     backward: Sequence[BackwardContestant] = ()
     fp8: Sequence[Contestant] = ()
+    varlen: Sequence[PackedContestant] = ()
     header: dict[str, Any] = field(default_factory=dict)
     outcome: Outcome = field(default_factory=Outcome)
     ceilings: Ceilings | None = None
@@ -119,6 +124,8 @@ class Session:
             run_backward_rmse(shapes, self.backward, self.outcome, **common)
         elif suite in BACKWARD_SUITES:
             run_backward(suite, shapes, self.backward, self.outcome, reps=self.reps, **common)
+        elif suite == "varlen":
+            run_varlen(shapes, self.varlen, self.outcome, reps=self.reps, **common)
         elif suite == "quantize":
             run_quantize(shapes, self.outcome, reps=self.reps, **common)
         elif suite == "fp8-accuracy":

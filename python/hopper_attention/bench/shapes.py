@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 TOKENS = 16_384  # batch x length of every shape of the forward suite
 HIDDEN_SIZE = 2_048  # heads x head_dim of the forward suite
@@ -12,10 +14,16 @@ UNIFORM_QUERIES = 128  # of uniform attention, whose rows are all alike
 
 BACKWARD_SUITES = ("backward", "backward-shapes", "backward-rmse")
 FP8_SUITES = ("fp8", "quantize", "fp8-accuracy")
-SUITES = ("forward", "forward-shapes", "host", "rmse", *BACKWARD_SUITES, *FP8_SUITES)
+SUITES = ("forward", "forward-shapes", "host", "rmse", *BACKWARD_SUITES, "varlen", *FP8_SUITES)
 # The forward pass has two matrix products, the backward pass five.
 BACKWARD_FACTOR = 2.5
 FP8 = "float8_e4m3fn"
+
+# Layouts of packed batches: the sequences end to end in one tensor, (tokens, heads, head_dim), all
+# of one length, or of lognormal lengths.
+PACKED = "packed"
+LOGNORMAL = "packed lognormal"
+LOGNORMAL_TOKENS = 29_534
 
 _SHORT_DTYPES = {
     "bfloat16": "bf16",
@@ -36,13 +44,14 @@ class Shape:
         head_dim: Columns of q and k.
         head_dim_v: Columns of v and the output.
         batch: Sequences.
-        seqlen_q: Queries of each sequence.
+        seqlen_q: Queries of each sequence; of lognormal lengths the longest.
         seqlen_k: Keys of each sequence.
         heads: Query heads.
         heads_kv: Key and value heads; divides heads.
         causal: Whether query i sees no key after i + seqlen_k - seqlen_q.
         window: Keys seen to the left and to the right of that position; -1 is unbounded.
-        layout: Order of the tensors' axes in memory, "bshd".
+        layout: Order of the tensors' axes in memory, "bshd", or a packed batch's, "packed" or
+            "packed lognormal".
     """
 
     dtype: str
@@ -70,7 +79,14 @@ class Shape:
         if self.heads_kv != self.heads:
             heads += f"/{self.heads_kv}"
         parts = [short_dtype(self.dtype), dims, self.mask, f"b{self.batch}", lengths, heads]
-        return " ".join(parts)
+        return " ".join(parts if self.layout == "bshd" else [*parts, self.layout])
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Queries of each sequence."""
+        if self.layout == LOGNORMAL:
+            return lognormal_lengths(self.batch)
+        return (self.seqlen_q,) * self.batch
 
     @property
     def input_dtype(self) -> str:
@@ -100,6 +116,10 @@ class Shape:
         end = self.seqlen_k if right < 0 else min(self.seqlen_k, position + right + 1)
         return min(begin, max(end, 0)), max(end, 0)
 
+    def sequence(self, length: int) -> Shape:
+        """One sequence of the batch, of so many queries and keys, as a batch of its own."""
+        return replace(self, batch=1, seqlen_q=length, seqlen_k=length, layout="bshd")
+
     def flops(self) -> float:
         """Counts the floating-point operations that the problem needs.
 
@@ -108,6 +128,8 @@ class Shape:
             mask, by convention half as many with a causal one, and exactly the visible ones with a
             window.
         """
+        if self.layout == LOGNORMAL:
+            return sum(self.sequence(length).flops() for length in self.lengths)
         pairs: float = self.seqlen_q * self.seqlen_k
         if self.window != (-1, -1):
             bounds = map(self.visible_keys, range(self.seqlen_q))
@@ -120,6 +142,20 @@ class Shape:
 def short_dtype(dtype: str) -> str:
     """Abbreviates a torch dtype's name, as in "bf16"."""
     return _SHORT_DTYPES.get(dtype, dtype)
+
+
+def lognormal_lengths(count: int, tokens: int = LOGNORMAL_TOKENS) -> tuple[int, ...]:
+    """Lengths with a lognormal distribution, as of documents: its quantiles, short and long mixed.
+
+    Args:
+        count: How many.
+        tokens: Their sum.
+    """
+    quantiles = [math.exp(NormalDist().inv_cdf((i + 0.5) / count)) for i in range(count)]
+    lengths = [round(tokens * x / sum(quantiles)) for x in quantiles]
+    lengths[-1] += tokens - sum(lengths)
+    step = next(n for n in range(count // 3 + 1, 2 * count) if math.gcd(n, count) == 1)
+    return tuple(lengths[i * step % count] for i in range(count))
 
 
 def square(
@@ -204,6 +240,18 @@ def _backward_rmse(quick: bool) -> list[Shape]:
     ]
 
 
+def _varlen(quick: bool) -> list[Shape]:
+    def packed(head_dim: int, count: int, length: int, layout: str = PACKED) -> Shape:
+        sizes = (head_dim, head_dim, count, length, length, 32, 8)
+        return Shape("bfloat16", *sizes, causal=True, layout=layout)
+
+    lognormal = packed(128, 32, max(lognormal_lengths(32)), LOGNORMAL)
+    if quick:
+        return [packed(128, 16, 1_024), lognormal]
+    of_one_length = [(16, 1_024), (4, 4_096), (2, 8_192), (64, 256)]
+    return [*(packed(128, *sizes) for sizes in of_one_length), lognormal, packed(64, 16, 1_024)]
+
+
 def _fp8(quick: bool) -> list[Shape]:
     return [replace(shape, dtype=FP8) for shape in _forward(quick)]
 
@@ -247,6 +295,7 @@ def suite_shapes(suite: str, quick: bool = False) -> list[Shape]:
         "backward": _backward,
         "backward-shapes": _backward_shapes,
         "backward-rmse": _backward_rmse,
+        "varlen": _varlen,
         "fp8": _fp8,
         "quantize": _quantize,
         "fp8-accuracy": _fp8_accuracy,

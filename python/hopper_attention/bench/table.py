@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from hopper_attention.bench import backward_table, fp8_table
+from hopper_attention.bench import backward_table, fp8_table, varlen_table
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import Comparison, compare_records, summary
 from hopper_attention.bench.records import Record
@@ -36,6 +36,9 @@ def print_results(console: Console, records: Sequence[Record]) -> None:
             continue
         if suite == "backward-rmse":
             _print_gradients(console, records)
+            continue
+        if suite == "varlen":
+            _print_varlen(console, records)
             continue
         if suite in FP8_SUITES:
             _print_fp8(console, suite, records)
@@ -108,6 +111,17 @@ def _print_fp8(console: Console, suite: str, records: Sequence[Record]) -> None:
             console.print(table)
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
+
+
+def _print_varlen(console: Console, records: Sequence[Record]) -> None:
+    """Prints a table for each pass over packed batches, and the lines that sum it up."""
+    for part in varlen_table.RATIOS:
+        comparisons = varlen_table.compare_varlen(records, part)
+        if not comparisons:
+            continue
+        console.print(_list_table(console, f"varlen {part}", comparisons))
+        for line in varlen_table.varlen_lines(part, comparisons):
+            console.print(line, soft_wrap=True, markup=False)
 
 
 def _rates_table(console: Console, records: Sequence[Record]) -> Table:
@@ -216,7 +230,7 @@ def _list_table(console: Console, suite: str, comparisons: Sequence[Comparison])
     table.add_column("shape", no_wrap=True)
     names = _implementations(comparisons)
     for name in names:
-        title = name.replace(OURS, "ours").replace("_deterministic", " det")
+        title = name.replace(OURS, "ours").replace("_deterministic", " det").replace("_", " ")
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("ratio", justify="right", no_wrap=True)
     digits = 1 if suite == "host" else 0

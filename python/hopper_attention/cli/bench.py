@@ -13,13 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 _SUITES_HELP = (
     "What to measure: forward, forward-shapes, host, rmse, backward, backward-shapes, "
-    "backward-rmse, fp8, quantize, fp8-accuracy, or all. "
+    "backward-rmse, varlen, fp8, quantize, fp8-accuracy, or all. "
     "forward: bf16, d 64, 128, 256, 16,384 tokens; forward-shapes: other head dims, GQA, windows, "
     "fp16; host: the host's time a call; rmse: errors of whole outputs; backward: the backward "
     "pass alone, deterministic too, on forward's shapes from 1k on; backward-shapes: on other head "
-    "dims, GQA, windows; backward-rmse: errors of dQ, dK and dV; fp8: forward's shapes in e4m3; "
-    "quantize: the quantizer alone and with attention; fp8-accuracy: errors by recipe and by "
-    "context."
+    "dims, GQA, windows; backward-rmse: errors of dQ, dK and dV; varlen: packed batches, both "
+    "passes, beside dense ones; fp8: forward's shapes in e4m3; quantize: the quantizer alone and "
+    "with attention; fp8-accuracy: errors by recipe and by context."
 )
 
 
@@ -143,6 +143,7 @@ def _measure(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--json") from error
     work.backward, work.fp8 = takes_part["backward"], takes_part["fp8"]
+    work.varlen = takes_part["varlen"]
     lost = _run(console, work)
     document = work.document()
     table.print_results(console, work.outcome.records)
@@ -168,11 +169,12 @@ def _gather(
     names: Sequence[str], peers: bool, peers_dir: Path | None
 ) -> tuple[dict[str, list[Any]], dict[str, str]]:
     """Collects who takes part in the suites of these names, by kind, and why others do not."""
-    from hopper_attention.bench import backward, contestants, fp8, shapes
+    from hopper_attention.bench import backward, contestants, fp8, shapes, varlen
 
     kinds: dict[str, tuple[Sequence[str], Callable[..., tuple[Sequence[Any], dict[str, str]]]]] = {
         "fp8": (shapes.FP8_SUITES, fp8.gather_fp8),
         "backward": (shapes.BACKWARD_SUITES, backward.gather_backward),
+        "varlen": (("varlen",), varlen.gather_varlen),
         "forward": (("forward", "forward-shapes", "host", "rmse"), contestants.gather),
     }
     found: dict[str, list[Any]] = {kind: [] for kind in kinds}

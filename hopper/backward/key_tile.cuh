@@ -1,0 +1,107 @@
+// Which keys a block of the grid has, where that is not arithmetic: in packed batches it reads a
+// list that was made on the device. Dense batches with a soft cap run in the same kernels.
+#pragma once
+
+#include "backward/load.cuh"
+#include "backward/traits.cuh"
+
+namespace hopper_attention {
+
+// The blockIdx.x-th of the list, whose groups follow one another; by a whole warp.
+CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
+  const PackedOrder& order = list.order;
+  const int work_idx = blockIdx.x, lane = threadIdx.x % 32;
+  const int end = lane < order.num_groups ? __ldcg(list.header->group_end + lane) : 0;
+  const bool behind = lane < order.num_groups && work_idx >= end * order.heads;
+  const int group = __popc(__ballot_sync(0xffffffff, behind));
+  const int group_begin = group == 0 ? 0 : __shfl_sync(0xffffffff, end, group - 1);
+  const int group_end = __shfl_sync(0xffffffff, end, group % 32);
+  SharedTile tile{};
+  tile.head_kv = -1;
+  if (group == order.num_groups) return tile;
+  const PackedOrder::Work work =
+      order(work_idx - group_begin * order.heads, group_end - group_begin);
+  const auto* words = reinterpret_cast<const int4*>(list.entries + group_begin + work.entry);
+  const int4 block = __ldcg(words), keys = __ldcg(words + 1);
+  const KeyEntry entry{block.x, block.y, block.z, block.w, keys.x, keys.y, keys.z, 0};
+  return {entry.n_block,
+          work.head,
+          entry.first_block,
+          kRaggedRows,
+          ragged_origin(entry.q_begin, entry.seqlen_q),
+          ragged_origin(entry.k_begin, entry.seqlen_k),
+          ragged_origin(entry.k_begin, entry.keys),
+          entry.seqlen_q,
+          entry.seqlen_k};
+}
+
+// One warp finds the block's tile and leaves it in shared memory.
+template <class Traits>
+CUTE_DEVICE void find_tile(BackwardParams const& params, SharedTile& shared) {
+  SharedTile found;
+  if (Traits::kCapped && params.list.entries == nullptr) {
+    const KeyTile tile = key_tile<Traits>(params);
+    const int heads = params.order.heads * params.heads_per_kv;
+    found = {tile.n_block,
+             tile.head_kv,
+             tile.batch * heads * params.num_m_blocks,
+             0,
+             tile.q,
+             tile.k,
+             tile.k,
+             params.mask.seqlen_q,
+             params.mask.seqlen_k};
+  } else {
+    found = listed_tile(params.list);
+  }
+  if (threadIdx.x % 32 == 0) shared = found;
+}
+
+// Out of shared memory, anew each time: registers are what is short.
+CUTE_DEVICE int4 load_tile_words(SharedTile const& tile, int index) {
+  int4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(cute::cast_smem_ptr_to_uint(&tile) + 16 * index));
+  return words;
+}
+
+CUTE_DEVICE SharedTile load_tile(SharedTile const& tile) {
+  const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
+  const int4 c = load_tile_words(tile, 2);
+  return {a.x, a.y, a.z, a.w, {b.x, b.y}, {b.z, b.w}, {c.x, c.y}, c.z, c.w};
+}
+
+// The mask of the block's sequence.
+template <class Traits>
+CUTE_DEVICE Mask tile_mask(BackwardParams const& params,
+                           typename Traits::SharedStorage const& shared) {
+  if constexpr (Traits::kRagged) {
+    const int4 words = load_tile_words(shared.tile[0], 2);
+    return sequence_mask(params.mask, words.z, words.w);
+  } else {
+    return params.mask;
+  }
+}
+
+// head_kv is negative where the block has nothing to do.
+template <class Traits>
+CUTE_DEVICE KeyTile own_tile(BackwardParams const& params,
+                             typename Traits::SharedStorage const& shared) {
+  if constexpr (Traits::kRagged) {
+    const SharedTile tile = load_tile(shared.tile[0]);
+    const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
+    return {tile.n_block,
+            tile.head_kv,
+            0,
+            tile_query_blocks(mask, tile.n_block, Traits::kTileM, Traits::kTileN),
+            tile.first_block,
+            tile.q,
+            tile.k,
+            tile.wrap};
+  } else {
+    return key_tile<Traits>(params);
+  }
+}
+
+}  // namespace hopper_attention

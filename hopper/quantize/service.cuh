@@ -1,0 +1,286 @@
+// The two warps that serve the workers: one draws tickets and loads tiles, the other fetches what a
+// task must know first and publishes what it found. Neither keeps a worker waiting for memory.
+#pragma once
+
+#include "quantize/load.cuh"
+#include "quantize/transform.cuh"
+
+namespace hopper_attention {
+
+// A tile into a stage, slab by slab.
+template <class Shape>
+__device__ void load_tile(const QuantizeParams& params, const QuantizeMaps& maps, const Task& task,
+                          uint4* stage, FullBarrier& full) {
+  const QuantizeTensor& tensor = params.tensors[task.which];
+  if (task.rows <= 0 || !tensor.aligned) {  // nothing, or the workers' own business
+    full.arrive();
+    return;
+  }
+  const auto hint =
+      task.last ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL;
+  full.arrive_and_expect_tx(kQuantizeTokens * Shape::kHeadDim * 2);
+#pragma unroll
+  for (int part = 0; part < Shape::kParts; ++part) {
+    cute::SM90_TMA_LOAD_4D::copy(&maps.in[task.which], reinterpret_cast<std::uint64_t*>(&full),
+                                 static_cast<std::uint64_t>(hint),
+                                 stage + part * kQuantizeTokens * 8, 64 * part, task.memory,
+                                 task.head, tensor.cu_seqlens != nullptr ? 0 : task.sequence);
+  }
+}
+
+// One thread draws tickets until there are none, and tells each team so. The next ticket is drawn
+// while this one's tile is being loaded.
+template <class Shape>
+__device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& maps,
+                           typename Shape::Shared& shared) {
+  Ring<Shape::kSlots> ring;
+  Ring<Shape::kStages> stage;
+  int segment = 0, ends = 0;
+  auto ticket = static_cast<int>(atomicAdd(params.ticket, 1u));
+  while (ends < Shape::kTeams) {
+    shared.task_empty[ring.stage].wait(ring.phase ^ 1);
+    const bool there = ticket < params.schedule.num_tickets;
+    const int next = there ? static_cast<int>(atomicAdd(params.ticket, 1u)) : ticket;
+    const Task task = make_task(params, ticket, segment);
+    typename Shape::Slot& slot = shared.slots[ring.stage];
+    slot.task = task;
+    slot.infinite = 0;
+    shared.task_full[ring.stage].arrive();
+    ring.advance();
+    if (there) {
+      shared.stage_empty[stage.stage].wait(stage.phase ^ 1);
+      load_tile<Shape>(params, maps, task, shared.stages[stage.stage],
+                       shared.stage_full[stage.stage]);
+      stage.advance();
+    } else {
+      ++ends;
+    }
+    ticket = next;
+  }
+}
+
+__device__ inline std::uint32_t load_acquire(const std::uint32_t* from) {
+  std::uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+// Adds 1 after all that this thread knows of has been written, and returns what was there.
+__device__ inline std::uint32_t count(std::uint32_t* to) {
+  std::uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
+  return before;
+}
+
+// The same for those who need no answer.
+__device__ inline void announce(std::uint32_t* to) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(to) : "memory");
+}
+
+__device__ inline int blocks_of(int seqlen) {
+  return (seqlen + kQuantizeTokens - 1) / kQuantizeTokens;
+}
+
+// Whether all that a task must know is there. Called by a whole warp. What it counts is tiles of
+// the packed sequences together: whatever cu_seqlens holds, they all come, and nobody waits
+// forever.
+__device__ inline bool is_given(const QuantizeParams& params, const Task& task) {
+  const QuantizeTensor& tensor = params.tensors[task.which];
+  bool given = true;
+  if (thread_idx() % 32 == 0) {
+    const auto slots = static_cast<std::uint32_t>(tensor.slots);
+    if (task.given_scale(tensor)) {
+      const bool whole = tensor.scale == ScaleKind::kTensor;
+      const auto all = whole ? static_cast<std::uint32_t>(tensor.order.num_tiles) : slots;
+      given = load_acquire(tensor.measured + (whole ? 0 : task.dense_group(tensor))) >= all;
+    }
+    if (given && task.subtracts_mean(params)) {
+      given = load_acquire(params.k_summed + task.dense_group(tensor)) >= slots;
+    }
+  }
+  __syncwarp();
+  return __shfl_sync(kAllLanes, given, 0);
+}
+
+// Brings it to shared memory; the first task of a sequence writes given scales.
+template <class Shape>
+__device__ void fetch_given(const QuantizeParams& params, typename Shape::Slot& slot) {
+  const Task task = slot.task;
+  const QuantizeTensor& tensor = params.tensors[task.which];
+  const int lane = thread_idx() % 32;
+  const std::int64_t group = task.group(tensor);
+  if (task.given_scale(tensor)) {
+    if (tensor.scale == ScaleKind::kChannel) {
+#pragma unroll 1
+      for (int c = lane; c < Shape::kHeadDim; c += 32) {
+        const std::int64_t at = group * tensor.head_dim + c;
+        const bool exists = c < tensor.head_dim;
+        const float amax = exists ? __uint_as_float(__ldcg(tensor.amax + at)) : 0.0f;
+        slot.values[c] = inverse_of(amax);
+        if (exists && task.first == 0) tensor.descale[at] = descale_of(amax);
+      }
+    } else if (lane == 0) {
+      const float amax = __uint_as_float(__ldcg(tensor.amax + task.scale_group(tensor)));
+      slot.inverse = inverse_of(amax);
+      slot.descale = descale_of(amax);
+      if (task.first == 0) tensor.descale[group] = slot.descale;
+    }
+    if (lane == 0) {
+      slot.given_infinite = static_cast<int>(__ldcg(tensor.infinite + task.scale_group(tensor)));
+    }
+  }
+  if (task.subtracts_mean(params)) {
+#pragma unroll 1
+    for (int c = lane; c < Shape::kHeadDim; c += 32) {
+      float* mean = params.k_mean + group * tensor.head_dim + c;
+      const bool exists = c < tensor.head_dim;
+      slot.values[c] = exists && task.seqlen > 0 ? __ldcg(mean) : 0.0f;
+      if (exists && task.seqlen == 0) *mean = 0.0f;
+    }
+  }
+}
+
+// Raises what others raise too, and then counts the tile.
+template <class Shape>
+__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot) {
+  const Task& task = slot.task;
+  const QuantizeTensor& tensor = params.tensors[task.which];
+  const int lane = thread_idx() % 32;
+  const std::int64_t group = task.scale_group(tensor);
+  if (tensor.scale == ScaleKind::kChannel) {
+    std::uint32_t* to = tensor.amax + group * tensor.head_dim;
+    for (int c = lane; c < tensor.head_dim; c += 32) {
+      atomicMax(to + c, __float_as_uint(slot.result[c]));
+    }
+  } else {
+    const std::uint32_t mine = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
+    const std::uint32_t bits = __reduce_max_sync(kAllLanes, mine);
+    if (lane == 0) atomicMax(tensor.amax + group, bits);
+  }
+  if (lane == 0 && slot.infinite) atomicOr(tensor.infinite + group, 1u);
+  __syncwarp();
+  const bool whole = tensor.scale == ScaleKind::kTensor;
+  if (lane == 0) announce(tensor.measured + (whole ? 0 : task.dense_group(tensor)));
+}
+
+// The sum of `count` rows of floats that lie `stride` apart, 4 channels of them.
+__device__ inline void add_up(const float* from, std::int64_t stride, int count, double (&sum)[4]) {
+#pragma unroll 8
+  for (int n = 0; n < count; ++n) {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from + n * stride));
+    sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+  }
+}
+
+// From the mean of K as it came to that of K as it is quantized, by a warp.
+__device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, float* mean) {
+  const int lane = thread_idx() % 32;
+  for (int c = lane; c < head_dim; c += 32) {
+    if (params.sign_bits[c / 32] >> c % 32 & 1) mean[c] = -mean[c];
+  }
+  for (int stride = 1; stride < 1 << params.hadamard_log2; stride *= 2) {
+    __syncwarp();
+    for (int pair = lane; pair < head_dim / 2; pair += 32) {
+      const int c = pair / stride * 2 * stride + pair % stride;
+      butterfly(mean[c], mean[c + stride]);
+    }
+  }
+  __syncwarp();
+}
+
+// Stores K's sum over a block. Whoever completes kMeanBlocks of a sequence adds those up, and
+// whoever completes the sequence makes the mean: always in the same order.
+template <class Shape>
+__device__ void add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
+                        float* mean) {
+  const Task task = slot.task;
+  const QuantizeTensor& k = params.tensors[kK];
+  const int lane = thread_idx() % 32, blocks = blocks_of(task.seqlen);
+  const int block = task.first / kQuantizeTokens, first = block / kMeanBlocks * kMeanBlocks;
+  const std::int64_t of_block = task.dense_group(k) * k.slots + task.slot;
+  float* partial = params.k_partial + of_block * k.head_dim;
+  for (int c = lane; c < k.head_dim; c += 32) partial[c] = slot.result[c];
+  const auto is_last = [&](std::uint32_t* counter, int of) {
+    __syncwarp();
+    std::uint32_t before = 0;
+    if (lane == 0) before = count(counter);
+    __syncwarp();
+    return __shfl_sync(kAllLanes, before, 0) + 1 == static_cast<std::uint32_t>(of);
+  };
+  const int together = min(blocks - first, kMeanBlocks);
+  if (!is_last(params.k_blocks_summed + of_block - (block - first), together)) return;
+  partial -= static_cast<std::int64_t>(block - first) * k.head_dim;
+  for (int c = 4 * lane; c < k.head_dim; c += 128) {
+    double sum[4] = {};
+    add_up(partial + c, k.head_dim, together, sum);
+    const float4 rounded = {static_cast<float>(sum[0]), static_cast<float>(sum[1]),
+                            static_cast<float>(sum[2]), static_cast<float>(sum[3])};
+    *reinterpret_cast<float4*>(partial + c) = rounded;
+  }
+  const std::int64_t group = task.group(k);
+  const int sums = (blocks + kMeanBlocks - 1) / kMeanBlocks;
+  if (!is_last(params.k_sums_summed + group, sums)) return;
+  partial -= static_cast<std::int64_t>(first) * k.head_dim;
+  for (int c = 4 * lane; c < k.head_dim; c += 128) {
+    double sum[4] = {};
+    add_up(partial + c, static_cast<std::int64_t>(kMeanBlocks) * k.head_dim, sums, sum);
+    for (int n = 0; n < 4; ++n) mean[c + n] = static_cast<float>(sum[n] / task.seqlen);
+  }
+  __syncwarp();
+  if (params.hadamard_log2 > 0) rotate_mean(params, k.head_dim, mean);
+  for (int c = lane; c < k.head_dim; c += 32) {
+    const float value = params.hadamard_log2 > 0 ? mean[c] * params.hadamard_scale : mean[c];
+    // Where the sum overflows, K stays as it is.
+    params.k_mean[group * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
+  }
+}
+
+template <class Shape>
+__device__ void publish_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
+                            float* mean) {
+  if (slot.task.rows > 0) add_sum<Shape>(params, slot, mean);
+  __syncwarp();
+  if (thread_idx() % 32 == 0) {
+    announce(params.k_summed + slot.task.dense_group(params.tensors[kK]));
+  }
+}
+
+// A warp that follows the tasks twice: ahead of the workers, where it fetches what a task must know
+// as soon as others have found it, and behind them. It never stops at a task that must wait, since
+// what that one waits for may be its own to publish.
+template <class Shape>
+__device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::Shared& shared) {
+  Ring<Shape::kSlots> ahead, behind;
+  int between = 0;  // tasks from behind to ahead
+  for (bool more = true; more || between > 0;) {
+    bool idle = true;
+    if (more && between < Shape::kSlots &&
+        __all_sync(kAllLanes, shared.task_full[ahead.stage].test_wait(ahead.phase))) {
+      typename Shape::Slot& slot = shared.slots[ahead.stage];
+      if (slot.task.none()) {
+        more = false;
+      } else if (is_given(params, slot.task)) {
+        fetch_given<Shape>(params, slot);
+        __syncwarp();
+        arrive_warp(shared.given_full[ahead.stage]);
+        ahead.advance();
+        ++between;
+        idle = false;
+      }
+    }
+    if (between > 0 &&
+        __all_sync(kAllLanes, shared.result_full[behind.stage].test_wait(behind.phase))) {
+      const typename Shape::Slot& slot = shared.slots[behind.stage];
+      if (slot.task.pass == QuantizePass::kAmax) publish_amax<Shape>(params, slot);
+      if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
+      __syncwarp();
+      arrive_warp(shared.task_empty[behind.stage]);
+      behind.advance();
+      --between;
+      idle = false;
+    }
+    if (idle) __nanosleep(50);
+  }
+}
+
+}  // namespace hopper_attention
