@@ -51,7 +51,7 @@ __device__ void zero_sums(PreprocessParams const& params, QueryBlock const& own,
 
 // A block a block of queries; kLanes threads a row. kPacked: the first block makes the list.
 template <class Pair, int kLanes, bool kPacked>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads)
     preprocess_kernel(__grid_constant__ const PreprocessParams params) {
   extern __shared__ int place_of[];
   if (kPacked && blockIdx.x == 0) {
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   bool zeroed = false;
   for (int first = threadIdx.x / kLanes; first < tile_m; first += kRowsAtOnce * kRowsApart) {
     uint4 out[kRowsAtOnce], dout[kRowsAtOnce];
-    float lse[kRowsAtOnce], dlse[kRowsAtOnce];
+    float lse[kRowsAtOnce];
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const int local = first + i * kRowsApart, row = own.row + local;
@@ -83,7 +83,6 @@ __global__ void __launch_bounds__(kThreads, 4)
         dout[i] = load(params.dout, own.batch, row, own.head, column);
       }
       lse[i] = exists && leads ? params.lse[own.lse + local] : -INFINITY;
-      dlse[i] = exists && leads && params.dlse != nullptr ? params.dlse[own.lse + local] : 0.0f;
     }
     if (!zeroed) zero_sums(params, own, block);
     zeroed = true;
@@ -99,7 +98,8 @@ __global__ void __launch_bounds__(kThreads, 4)
       if (!leads || local >= tile_m) continue;
       const std::int64_t to = block * tile_m + local;
       params.workspace.lse_log2[to] = lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2E;
-      params.workspace.delta[to] = delta - dlse[i];
+      if (params.dlse != nullptr && local < own.used) delta -= params.dlse[own.lse + local];
+      params.workspace.delta[to] = delta;
     }
   }
 }
