@@ -2,6 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+
 #include "backward/query_block.cuh"
 
 namespace hopper_attention {
@@ -21,69 +23,109 @@ __device__ __nv_bfloat16 narrow(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// The layout is a function of the tile's head dimension: known when compiled, an element's place
+// costs no division.
+template <int kHeadDim>
+constexpr DqLayout kLayout =
+    make_dq_layout(make_backward_config({Dtype::kBfloat16, kHeadDim, kHeadDim, MaskKind::kFull}));
+#define HOPPER_ATTENTION_BACKWARD(name, dtype, head_dim, head_dim_v, mask)                       \
+  static_assert(make_dq_layout(make_backward_config(                                             \
+                    {Dtype::dtype, head_dim, head_dim_v, MaskKind::mask})) == kLayout<head_dim>, \
+                #name);
+#include "backward/instances.def"
+#undef HOPPER_ATTENTION_BACKWARD
+
+template <class Element>
+__device__ std::uint32_t narrow_pair(float x, float y) {
+  const Element pair[2] = {narrow<Element>(x), narrow<Element>(y)};
+  std::uint32_t bits;
+  memcpy(&bits, pair, sizeof(bits));
+  return bits;
+}
+
+// Two columns of a row, and those eight rows below.
+template <int kStride, class Element>
+__device__ void put(Element* tile, DqPosition at, float4 x, float scale) {
+  auto* to = reinterpret_cast<std::uint32_t*>(tile + at.row * kStride + at.column);
+  to[0] = narrow_pair<Element>(x.x * scale, x.y * scale);
+  to[8 * kStride / 2] = narrow_pair<Element>(x.z * scale, x.w * scale);
+}
+
 // A block a block of queries.
-template <class Element, bool kPacked>
+template <class Element, int kHeadDim, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     convert_kernel(__grid_constant__ const ConvertParams params) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  Element* tile = reinterpret_cast<Element*>(shared);
-  const DqLayout layout = params.dq_layout;
+  constexpr DqLayout kOwn = kLayout<kHeadDim>;
+  constexpr int kStride = kHeadDim + kPadding, kGroups = kOwn.elements() / 4;
+  static_assert(!kOwn.transposed() && kGroups % kThreads == 0, "pairs of columns, no remainder");
+  __shared__ __align__(16) Element tile[kOwn.tile_m * kStride];
   const QueryBlock own = query_block<kPacked>(params.queries, blockIdx.x);
-  const int stride = layout.head_dim + kPadding;
-  // Of rows that do not ask there is no dQ, and may be no accumulator.
-  const int groups = own.used > 0 ? layout.elements() / 4 : 0;
 
-  const float4* from =
-      reinterpret_cast<const float4*>(params.accumulator) + blockIdx.x * std::int64_t(groups);
-  const int beside = layout.transposed() ? stride : 1;  // from an element to its neighbour
-  const int below = layout.transposed() ? 8 : 8 * stride;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < groups; i += kThreads) {
-    const float4 x = from[i];
-    const DqPosition position = layout(i);
-    Element* to = tile + position.row * stride + position.column;
-    to[0] = narrow<Element>(x.x * params.scale);
-    to[beside] = narrow<Element>(x.y * params.scale);
-    to[below] = narrow<Element>(x.z * params.scale);
-    to[below + beside] = narrow<Element>(x.w * params.scale);
+  if (own.used > 0) {  // else there is no dQ, and may be no accumulator
+    const float4* from = reinterpret_cast<const float4*>(params.accumulator) +
+                         blockIdx.x * std::int64_t(kGroups) + threadIdx.x;
+    constexpr int kLoads = 8;  // on their way at a time
+#pragma unroll kLoads
+    for (int i = 0; i < kGroups; i += kThreads) {
+      put<kStride>(tile, kOwn(i + threadIdx.x), __ldcs(from + i), params.scale);
+    }
   }
   __syncthreads();
 
-  const int chunks = params.head_dim / 8;
+  constexpr int kChunks = kHeadDim / 8;
   Element* out = static_cast<Element*>(params.dq.data) + own.batch * params.dq.stride_batch +
                  own.head * params.dq.stride_head + own.row * params.dq.stride_seq;
-  for (int i = threadIdx.x; i < own.rows * chunks; i += kThreads) {
-    const int row = i / chunks, column = i % chunks * 8;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < own.rows * kChunks; i += kThreads) {
+    const int row = i / kChunks, column = i % kChunks * 8;
+    if (column >= params.head_dim) continue;
     uint4 value{};
     if (!kPacked || row < own.used) {
-      value = *reinterpret_cast<const uint4*>(tile + row * stride + column);
+      value = *reinterpret_cast<const uint4*>(tile + row * kStride + column);
     }
     *reinterpret_cast<uint4*>(out + row * params.dq.stride_seq + column) = value;
   }
 }
 
-template <class Element>
+template <class Element, int kHeadDim>
 void launch(const ConvertParams& params, cudaStream_t stream) {
   const QueryGrid& queries = params.queries;
   const int grid = queries.num_m_blocks * queries.heads * queries.batch;
-  // At most 64 x (256 + 8) x 2 bytes or 128 x (64 + 8) x 2: below 48 KiB.
-  const int bytes = params.dq_layout.tile_m * (params.dq_layout.head_dim + kPadding) * 2;
   if (queries.packed) {
-    convert_kernel<Element, true><<<grid, kThreads, bytes, stream>>>(params);
+    convert_kernel<Element, kHeadDim, true><<<grid, kThreads, 0, stream>>>(params);
   } else {
-    convert_kernel<Element, false><<<grid, kThreads, bytes, stream>>>(params);
+    convert_kernel<Element, kHeadDim, false><<<grid, kThreads, 0, stream>>>(params);
   }
+}
+
+template <class Element>
+cudaError_t launch(const ConvertParams& params, cudaStream_t stream) {
+  switch (params.dq_layout.head_dim) {
+    case 64:
+      launch<Element, 64>(params, stream);
+      break;
+    case 96:
+      launch<Element, 96>(params, stream);
+      break;
+    case 128:
+      launch<Element, 128>(params, stream);
+      break;
+    case 192:
+      launch<Element, 192>(params, stream);
+      break;
+    case 256:
+      launch<Element, 256>(params, stream);
+      break;
+    default:
+      return cudaErrorInvalidValue;
+  }
+  return cudaPeekAtLastError();
 }
 
 }  // namespace
 
 cudaError_t launch_convert(const ConvertParams& params, cudaStream_t stream) {
-  if (params.bfloat16) {
-    launch<__nv_bfloat16>(params, stream);
-  } else {
-    launch<__half>(params, stream);
-  }
-  return cudaPeekAtLastError();
+  return params.bfloat16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 
 }  // namespace hopper_attention

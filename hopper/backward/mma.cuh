@@ -148,9 +148,11 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     warpgroup_fence_operand(rdV);
     arrive_warp(barriers.dout_empty[stage]);
     issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    // Ahead of the adds: a branch, as in the next S's barrier, waits until they have read dQ.
     ring.advance();
-    if constexpr (kAhead) {
+    // Adds out of registers hold a warp at the next branch, as in the next S's barrier, until their
+    // dQ has been read. Those by bulk reductions are short, and better come before the next S.
+    constexpr bool kScoresFirst = kAhead && !Traits::kDqBulk;
+    if constexpr (kScoresFirst) {
       issue_scores(ring, !at.last());
       warpgroup_wait<2>();
     } else {
@@ -161,6 +163,7 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
     adder.begin();
     adder.add(rdQ, at.block, 0);
     adder.end();
+    if constexpr (kAhead && !kScoresFirst) issue_scores(ring, !at.last());
     if constexpr (kAhead) {
       warpgroup_wait<1>();
     } else {

@@ -37,6 +37,16 @@ __device__ uint4 load(StridedTensor const& tensor, int batch, int row, int head,
   return *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
 }
 
+// Where the main kernel adds: dQ, and the turns of a fixed order.
+__device__ void zero_sums(PreprocessParams const& params, QueryBlock const& own,
+                          std::int64_t block) {
+  // Where no row asks only the sinks' gradient reads the block: its statistics.
+  const int dq_groups = own.used > 0 ? params.dq_layout.elements() / 4 : 0;
+  float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
+  for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
+  if (params.workspace.turns != nullptr && threadIdx.x == 0) params.workspace.turns[block] = 0;
+}
+
 // A block a block of queries; kLanes threads a row. kPacked: the first block makes the list.
 template <class Pair, int kLanes, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
@@ -53,35 +63,42 @@ __global__ void __launch_bounds__(kThreads)
   const int tile_m = params.queries.tile_m;
   const std::int64_t block = block_idx;
 
-  // Where no row asks only the sinks' gradient reads the block: its statistics.
-  const int dq_groups = own.used > 0 ? params.dq_layout.elements() / 4 : 0;
-  float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
-  for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
-  if (params.workspace.turns != nullptr && threadIdx.x == 0) {
-    params.workspace.turns[block] = 0;
-  }
-
+  // What a thread reads of a few rows is on its way all at once, and all of it before the zeros.
+  constexpr int kRowsApart = kThreads / kLanes, kRowsAtOnce = 4;
   const int column = threadIdx.x % kLanes * 8;
-  for (int local = threadIdx.x / kLanes; local < tile_m; local += kThreads / kLanes) {
-    const int row = own.row + local;
-    const bool exists = local < own.used;
-    float delta = 0.0f;
-    if (exists && column < params.head_dim_v) {
-      delta = dot<Pair>(load(params.out, own.batch, row, own.head, column),
-                        load(params.dout, own.batch, row, own.head, column));
-    }
+  const bool leads = column == 0;
+  bool zeroed = false;
+  for (int first = threadIdx.x / kLanes; first < tile_m; first += kRowsAtOnce * kRowsApart) {
+    uint4 out[kRowsAtOnce], dout[kRowsAtOnce];
+    float lse[kRowsAtOnce];
 #pragma unroll
-    for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
-      // tile_m is a multiple of 16 and a warp's rows are at most 4: it is here as a whole.
-      delta += __shfl_xor_sync(0xffffffff, delta, lanes);
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int local = first + i * kRowsApart, row = own.row + local;
+      const bool exists = local < own.used;
+      out[i] = dout[i] = uint4{};
+      if (exists && column < params.head_dim_v) {
+        out[i] = load(params.out, own.batch, row, own.head, column);
+        dout[i] = load(params.dout, own.batch, row, own.head, column);
+      }
+      lse[i] = exists && leads ? params.lse[own.lse + local] : -INFINITY;
     }
-    if (column != 0) continue;
-    const std::int64_t from = own.lse + local;
-    const std::int64_t to = block * tile_m + local;
-    const float lse = exists ? params.lse[from] : -INFINITY;
-    if (exists && params.dlse != nullptr) delta -= params.dlse[from];
-    params.workspace.lse_log2[to] = lse == -INFINITY ? INFINITY : lse * kLog2E;
-    params.workspace.delta[to] = delta;
+    if (!zeroed) zero_sums(params, own, block);
+    zeroed = true;
+#pragma unroll
+    for (int i = 0; i < kRowsAtOnce; ++i) {
+      const int local = first + i * kRowsApart;
+      float delta = dot<Pair>(out[i], dout[i]);
+#pragma unroll
+      for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+        delta += __shfl_xor_sync(0xffffffff, delta, lanes);
+      }
+      // tile_m is a multiple of 16 and a warp's rows are at most 4: a warp comes as a whole.
+      if (!leads || local >= tile_m) continue;
+      const std::int64_t to = block * tile_m + local;
+      params.workspace.lse_log2[to] = lse[i] == -INFINITY ? INFINITY : lse[i] * kLog2E;
+      if (params.dlse != nullptr && local < own.used) delta -= params.dlse[own.lse + local];
+      params.workspace.delta[to] = delta;
+    }
   }
 }
 

@@ -53,6 +53,11 @@ struct DqLayout {
   }
 };
 
+constexpr bool operator==(const DqLayout& a, const DqLayout& b) {
+  return a.split == b.split && a.tile_m == b.tile_m && a.head_dim == b.head_dim &&
+         a.num_consumers == b.num_consumers && a.slices == b.slices;
+}
+
 constexpr DqLayout make_dq_layout(const BackwardConfig& config) {
   return {config.dq_split, config.tile_m, config.key.head_dim, config.num_consumers,
           config.dq_slices};
