@@ -10,45 +10,57 @@
 namespace hopper_attention {
 
 // Query blocks of all query heads of a KV head's group. Ascending, the heads follow one another;
-// descending, the query blocks do from the last on, each with all its heads.
+// descending, the query blocks do from the last on, each with all its heads. Either is rounds of so
+// many steps, a move from step to step and one more from round to round: a branch for each order
+// would cost the main kernel 4%.
 struct QuerySteps {
-  BlockRange blocks;
-  int heads;
-  int num_m_blocks;  // of a head, in the workspace
-  bool descending;
-  int m_block;
-  int heads_left;      // of the group; descending, of this query block
-  std::int64_t block;  // of the workspace
+  struct Move {
+    int m_block;
+    int head;
+    int block;
+  };
 
-  // first_block: of the workspace, the first head's query block 0.
+  int m_block;
+  std::int64_t block;  // of the workspace
+  Move step, round;
+  int steps;  // of a round
+  int steps_left;
+  int rounds_left;
+  int own_head;
+
+  // first_block: of the workspace, the first head's query block 0, of num_m_blocks a head.
   HOPPER_ATTENTION_HD constexpr QuerySteps(BlockRange blocks, int heads, int num_m_blocks,
                                            bool descending, std::int64_t first_block)
-      : blocks(blocks),
-        heads(heads),
-        num_m_blocks(num_m_blocks),
-        descending(descending),
-        m_block(descending ? blocks.end - 1 : blocks.begin),
-        heads_left(blocks.empty() ? 0 : heads),
-        block(first_block + m_block) {}
-
-  HOPPER_ATTENTION_HD constexpr bool done() const { return heads_left == 0; }
-  HOPPER_ATTENTION_HD constexpr bool last() const {
-    return heads_left == 1 && m_block == (descending ? blocks.begin : blocks.end - 1);
+      : m_block(descending ? blocks.end - 1 : blocks.begin),
+        block(first_block + m_block),
+        step(descending ? Move{0, 1, num_m_blocks} : Move{1, 0, 1}),
+        round(),
+        steps(descending ? heads : blocks.end - blocks.begin),
+        steps_left(steps),
+        rounds_left(blocks.empty() || heads == 0 ? 0
+                    : descending                 ? blocks.end - blocks.begin
+                                                 : heads),
+        own_head(0) {
+    round = descending ? Move{-1, -steps, -steps * num_m_blocks - 1}
+                       : Move{-steps, 1, num_m_blocks - steps};
   }
-  HOPPER_ATTENTION_HD constexpr int head() const { return heads - heads_left; }  // of the group
+
+  HOPPER_ATTENTION_HD constexpr bool done() const { return rounds_left == 0; }
+  HOPPER_ATTENTION_HD constexpr bool last() const { return rounds_left == 1 && steps_left == 1; }
+  HOPPER_ATTENTION_HD constexpr int head() const { return own_head; }  // of the group
   HOPPER_ATTENTION_HD constexpr void advance() {
-    if (descending) {
-      block += num_m_blocks;
-      if (--heads_left > 0) return;
-      block -= static_cast<std::int64_t>(heads) * num_m_blocks + 1;
-      if (--m_block >= blocks.begin) heads_left = heads;
-    } else {
-      ++block;
-      if (++m_block < blocks.end) return;
-      m_block = blocks.begin;
-      block += num_m_blocks - (blocks.end - blocks.begin);
-      --heads_left;
-    }
+    move(step);
+    if (--steps_left > 0) return;
+    move(round);
+    steps_left = steps;
+    --rounds_left;
+  }
+
+ private:
+  HOPPER_ATTENTION_HD constexpr void move(Move const& by) {
+    m_block += by.m_block;
+    own_head += by.head;
+    block += by.block;
   }
 };
 
