@@ -261,7 +261,9 @@ def main(
     seqlen: Annotated[int | None, typer.Option(min=1, help="Default: 2048, 128 on a CPU.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Default: 8, 2 on a CPU.")] = None,
     width: Annotated[int | None, typer.Option(min=2, help="Default: 512, 128 on a CPU.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Highest learning rate. Default: 0.0004.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. Default: 0.0004.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the order.")] = 0,
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="torch.compile each block.")
