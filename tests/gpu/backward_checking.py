@@ -181,16 +181,17 @@ def compare(
 
 
 def last_places(exact: Tensor, of: Tensor) -> float:
-    """Twice what is lost of a gradient in its dtype when 0.3 is added and taken away again.
+    """Twice what may be lost of a gradient in its dtype when 0.3 is added and taken away again.
 
-    FlashAttention-3's own tests allow this, and need it: PyTorch subtracts rounded dP from their
-    own mean, so that in a row that sees a few keys most of its error cancels. Without this one
-    gradient in four hundred is refused that is as good as the algorithm's can be.
+    FlashAttention-3's own tests allow this, and need it (they do the sum, which may happen to lose
+    nothing): PyTorch subtracts rounded dP from their own mean, so that in a row that sees a few
+    keys most of its error cancels. Without this one gradient in four hundred is refused that is as
+    good as the algorithm's can be.
     """
     if not exact.numel():
         return 0.0
-    rounded = exact.to(of.dtype)
-    return 2.0 * (rounded + 0.3 - 0.3 - rounded).abs().max().item()
+    exponent = torch.frexp(exact.abs().max() + 0.3).exponent.item() - 1
+    return math.ldexp(torch.finfo(of.dtype).eps, exponent)
 
 
 def sum_rounding(inputs: Sequence[Tensor], dout: Tensor | None, **options: Any) -> dict[str, float]:
