@@ -1,7 +1,12 @@
 """Runs each compiled kernel once on a small odd shape, for NVIDIA's compute-sanitizer:
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
-    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py
+    compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py \\
+      --only '^(?!backward)'
+
+racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
+and delta come) for a store of the thread that issues it, and does not see that its readers wait for
+the copy's mbarrier. Copies through a tensor map it leaves out.
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
