@@ -76,8 +76,11 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   //  reason}
   switch (key.head_dim) {
     case 64:
-      return {key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead,
-              "S and dP 64 registers each, dK and dV 32 each"};
+      return key.mask == MaskKind::kMasked
+        ? BackwardConfig{key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kBulk, ahead,
+                         "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order"}
+        : BackwardConfig{key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead,
+                         "S and dP 64 registers each, dK and dV 32 each"};
     case 96:
       return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead,
               "S and dP 32 registers each, dK and dV 48 each"};
