@@ -45,7 +45,10 @@ TILES = Path(hopper_attention.__file__).parent / "tiles.json"
 CARD_STUDY = ROOT / "benchmarks" / "results" / "study_h200.json"
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("architecture", "fp8", "performance", "training")),
+    *(
+        ROOT / "docs" / f"{name}.md"
+        for name in ("architecture", "backward", "fp8", "performance", "training")
+    ),
 )
 FORWARD_PICTURE = ROOT / "docs" / "images" / "forward_h200.png"
 STUDY_PICTURE = ROOT / "docs" / "images" / "study_heads.png"
