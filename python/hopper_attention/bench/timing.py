@@ -72,8 +72,9 @@ class HostClock:
         self._calls = calls
 
     def batch(self, run: Run, count: int) -> list[float]:
-        """Times count series of calls after an untimed one, which finds the last contestant's code
-        and data in the caches; the time of each is its mean over the series.
+        """Times count series of calls; the time of each is its mean over the series.
+
+        One more comes first, untimed: it finds the last contestant's code and data in the caches.
         """
         times = []
         collecting = gc.isenabled()
