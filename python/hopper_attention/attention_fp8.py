@@ -114,6 +114,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     # The output and log-sum-exp are e4m3's. The P that the backward kernels make anew is not quite
     # theirs; a 16-bit forward pass for its own would take the time that this one saved.
     ops_backward.save(ctx, (q, k, v), output)
+    ctx.operator = ops_backward.backward
     ctx.scalars = (*rest[_NUM_RECIPE:-2], rest[-1])  # sm_margin is the forward pass's
 
 
@@ -121,7 +122,7 @@ def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     nothing = (None,) * (_NUM_RECIPE + 7)
-    return *ops_backward.gradients(ctx, dout, dlse)[:3], *nothing
+    return *ops_backward.gradients(ctx, dout, dlse), *nothing
 
 
 _library_fragment.impl("attention_fp8", _attention, "CUDA")

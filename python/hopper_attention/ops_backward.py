@@ -11,7 +11,8 @@ With P = exp(S - LSE) recomputed from q and k, where S are the scores as masked 
     dQ = softmax_scale * dS K             dK = softmax_scale * dS^T Q
 
 as in Dao, "FlashAttention-2" (arXiv:2307.08691), algorithm 2. Beside the gradients it needs dQ in
-float32 and two numbers for each query of each head (three where it is deterministic).
+float32, two numbers for each query of each head and, where it is deterministic, a counter for each
+block of queries.
 
 LSE holds the sink t of its head, so that nothing changes with one; and as dO / dt = -p O and
 dLSE / dt = p with p = exp(t - LSE), the sink's own gradient, of `backward.sink`, is
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 
 from . import _library, checks, ops
-from ._layout import Strides, kernel_view
+from ._layout import kernel_view
 
 Gradients = tuple[torch.Tensor, ...]  # dq, dk, dv, and dsink where there is a sink
 # softmax_scale, causal, window_left, window_right, softcap, deterministic
@@ -86,63 +87,96 @@ def _backward_cuda(
     sink, scalars = _split(rest)
     dtype, dims = _check(dout, dlse, q, k, v, out, lse, scalars)
     sink = None if sink is None else ops.sink_in_place(sink, q)
+    dsink = None if sink is None else ops._empty((dims[3],), (1,), torch.float32)
+    of_sink = (0, 0) if sink is None or dsink is None else (sink.data_ptr(), dsink.data_ptr())
+    tensors = (q, k, v, out, dout)
+    kind = Kind(_plans, "prepare_backward", kernel_view, dims[:1])
+    found = launch(kind, dtype, dims, tensors, lse, dlse, scalars, of_sink)
+    return found if dsink is None else (*found, dsink)
+
+
+class Kind(NamedTuple):
+    """What dense and packed batches have apart.
+
+    Attributes:
+        plans: where their plans are kept.
+        prepare: the library's function that makes a call.
+        view: `kernel_view`, or that of tensors without a batch dimension.
+        lead: the gradients' dimensions before rows, heads and columns: (batch,) or none.
+    """
+
+    plans: dict[tuple[Any, ...], Plan]
+    prepare: str
+    view: Callable[[torch.Tensor], tuple[torch.Tensor, tuple[int, ...]]]
+    lead: tuple[int, ...]
+
+
+def launch(
+    kind: Kind,
+    dtype: int,
+    dims: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    lse: torch.Tensor,
+    dlse: torch.Tensor | None,
+    scalars: Scalars,
+    more: tuple[int, ...],
+) -> Gradients:
+    """Allocates dq, dk and dv and enqueues the kernels on the current device.
+
+    Args:
+        kind: dense or packed.
+        dtype: the library's number of it.
+        dims: batch, rows of q, rows of k, heads, heads_kv, head_dim, head_dim_v.
+        tensors: q, k, v, out and dout, which passed the checks.
+        lse: the log-sum-exp.
+        dlse: its gradient, or None.
+        scalars: the operator's.
+        more: the addresses that the call takes behind the stream.
+
+    Returns:
+        dq, dk and dv.
+    """
     deterministic = scalars[5] or torch.are_deterministic_algorithms_enabled()
     # Named, as they must outlive the call: some may be copies.
-    q, q_strides = kernel_view(q)
-    k, k_strides = kernel_view(k)
-    v, v_strides = kernel_view(v)
-    out, out_strides = kernel_view(out)
-    dout, dout_strides = kernel_view(dout)
+    views = [kind.view(x) for x in tensors]
     lse = lse.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
-    strides = (q_strides, k_strides, v_strides, out_strides, dout_strides)
-    key = (dtype, dims, strides, scalars[:5], deterministic)
-    run, workspace_layout, layouts = _plans.get(key) or _make_plan(key)
+    key = (dtype, dims, tuple(strides for _, strides in views), scalars[:5], deterministic)
+    run, workspace_layout, layouts = kind.plans.get(key) or _make_plan(kind, key)
     dq, dk, dv = ops._empty(*layouts[0]), ops._empty(*layouts[1]), ops._empty(*layouts[2])
-    dsink = None if sink is None else ops._empty((dims[3],), (1,), torch.float32)
     workspace = ops._empty(*workspace_layout)
     run(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        dout.data_ptr(),
+        *(x.data_ptr() for x, _ in views),
         lse.data_ptr(),
         0 if dlse is None else dlse.data_ptr(),
         dq.data_ptr(),
         dk.data_ptr(),
         dv.data_ptr(),
         workspace.data_ptr(),
-        ops._raw_stream(device_index),
-        0 if sink is None else sink.data_ptr(),
-        0 if dsink is None else dsink.data_ptr(),
+        ops._raw_stream(lse.get_device()),
+        *more,
     )
-    return (dq, dk, dv) if dsink is None else (dq, dk, dv, dsink)
+    return dq, dk, dv
 
 
-def _make_plan(key: tuple[Any, ...]) -> Plan:
+def _make_plan(kind: Kind, key: tuple[Any, ...]) -> Plan:
     dtype, dims, strides, scalars, deterministic = key
-    batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v = dims
+    _, rows_q, rows_k, heads, heads_kv, head_dim, head_dim_v = dims
     torch_dtype = next(name for name, code in checks.DTYPE_CODES.items() if code == dtype)
     gradients = (
-        ops._contiguous((batch, seqlen_q, heads, head_dim), torch_dtype),
-        ops._contiguous((batch, seqlen_k, heads_kv, head_dim), torch_dtype),
-        ops._contiguous((batch, seqlen_k, heads_kv, head_dim_v), torch_dtype),
+        ops._contiguous((*kind.lead, rows_q, heads, head_dim), torch_dtype),
+        ops._contiguous((*kind.lead, rows_k, heads_kv, head_dim), torch_dtype),
+        ops._contiguous((*kind.lead, rows_k, heads_kv, head_dim_v), torch_dtype),
     )
-    run, workspace_bytes = _library.load().prepare_backward(
+    run, workspace_bytes = getattr(_library.load(), kind.prepare)(
         dtype,
         *dims,
-        (*strides, *(_sequence_strides(strides) for _, strides, _ in gradients)),
+        (*strides, *(strides[:-1] for _, strides, _ in gradients)),
         *ops.library_scalars((*scalars, deterministic)),
     )
     plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
-    ops.remember(_plans, key, plan)
+    ops.remember(kind.plans, key, plan)
     return plan
-
-
-def _sequence_strides(strides: tuple[int, ...]) -> Strides:
-    batch, seq, head, _ = strides
-    return batch, seq, head
 
 
 def _backward_cpu(dout: torch.Tensor, dlse: Any, q: torch.Tensor, *_: Any) -> NoReturn:
@@ -247,6 +281,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     # The dispatcher leaves out what is as by default, so without a sink there may be no such place.
     wanted = sink is not None and ctx.needs_input_grad[_SINK]
     save(ctx, (q, k, v), output, (sink,) if wanted else ())
+    ctx.operator = backward_sink if wanted else backward
     ctx.scalars = (*scalars, deterministic)
 
 
@@ -254,48 +289,35 @@ def save(
     ctx: Any,
     qkv: tuple[torch.Tensor, ...],
     output: ops.Outputs,
-    sink: tuple[torch.Tensor, ...] = (),
+    more: tuple[torch.Tensor | None, ...] = (),
 ) -> None:
-    """Keeps what `gradients` reads: q, k and v in 16 bits, out and the log-sum-exp; and the sink.
+    """Keeps what `gradients` reads.
 
     Args:
         ctx: autograd's.
-        qkv: q, k and v.
+        qkv: q, k and v in 16 bits.
         output: out and the log-sum-exp.
-        sink: the sink whose gradient is asked for, if there is one.
+        more: what the backward operator takes behind these: the sink whose gradient is asked for,
+            or a packed batch's lengths.
     """
-    ctx.save_for_backward(*qkv, *output, *sink)
+    ctx.save_for_backward(*qkv, *output, *more)
     ctx.set_materialize_grads(False)  # so that an unused LSE has no gradient, not one of zeros
 
 
 def gradients(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """dq, dk, dv, and dsink where a sink was saved, from what `save` kept and ctx.scalars.
+    """What ctx.operator gives, a backward operator, from what `save` kept and ctx.scalars.
 
-    None where nothing depends on them.
+    None for dq, dk and dv where nothing depends on them.
     """
     if dout is None and dlse is None:
-        return (None,) * (len(ctx.saved_tensors) - 2)
-    return differentiate(ctx.saved_tensors, ctx.scalars, dout, dlse)
-
-
-def differentiate(
-    saved: tuple[torch.Tensor, ...],
-    scalars: Scalars,
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-) -> Gradients:
-    """The gradients from what `save` keeps; dout or dlse may be None, for zeros."""
-    q, k, v, out, lse, *sink = saved
-    dout = torch.zeros_like(out) if dout is None else dout
-    operator = backward_sink if sink else backward
-    return call(operator, dout, dlse, q, k, v, out, lse, *sink, *scalars)
-
-
-def call(operator: Callable[..., Gradients], *arguments: Any) -> Gradients:
-    """Calls a backward operator, past its own formula where autograd does not ask for it."""
-    if torch.is_grad_enabled():  # create_graph=True; the formula says what is wrong
+        return None, None, None
+    saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
+    dout = torch.zeros_like(saved[3]) if dout is None else dout
+    arguments = (dout, dlse, *saved, *ctx.scalars)
+    operator: Callable[..., Gradients] = ctx.operator
+    if torch.is_grad_enabled():  # create_graph=True; the operator's own formula says what is wrong
         return operator(*arguments)
     with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us
         return operator(*arguments)

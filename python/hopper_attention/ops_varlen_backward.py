@@ -12,11 +12,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import _library, checks, checks_varlen, ops, ops_backward
+from . import checks, checks_varlen, ops, ops_backward
 from . import ops_varlen as _defines_forward_varlen  # noqa: F401
 from ._layout import packed_view
 from .checks_varlen import Lengths
-from .ops_backward import Gradients, Plan
+from .ops_backward import Gradients, Kind, Plan, launch
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
 _library_fragment.define(
@@ -52,63 +52,11 @@ def _backward_cuda(
     if device_index != ops._current_device():
         with torch.cuda.device(q.device):
             return _backward_cuda(dout, dlse, q, k, v, out, lse, *lengths, *scalars)
-    softmax_scale, causal, left, right, softcap, deterministic = scalars
-    request = (softmax_scale, causal, left, right, softcap, 0)
-    dtype, dims = checks_varlen.request(q, k, v, lengths, request)
+    dtype, dims = checks_varlen.request(q, k, v, lengths, (*scalars[:5], 0))
     ops_backward.check_results(dout, dlse, q, out, lse, (dims[1], dims[3], dims[6]))
-    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    # Named, as they must outlive the call: some may be copies.
-    q, q_strides = packed_view(q)
-    k, k_strides = packed_view(k)
-    v, v_strides = packed_view(v)
-    out, out_strides = packed_view(out)
-    dout, dout_strides = packed_view(dout)
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    strides = (q_strides, k_strides, v_strides, out_strides, dout_strides)
-    key = (dtype, dims, strides, scalars[:5], deterministic)
-    run, workspace_layout, layouts = _plans.get(key) or _make_plan(key)
-    dq, dk, dv = ops._empty(*layouts[0]), ops._empty(*layouts[1]), ops._empty(*layouts[2])
-    workspace = ops._empty(*workspace_layout)
-    run(
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        dout.data_ptr(),
-        lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dv.data_ptr(),
-        workspace.data_ptr(),
-        ops._raw_stream(device_index),
-        cu_seqlens_q.data_ptr(),
-        cu_seqlens_k.data_ptr(),
-        0 if seqused_q is None else seqused_q.data_ptr(),
-        0 if seqused_k is None else seqused_k.data_ptr(),
-    )
-    return dq, dk, dv
-
-
-def _make_plan(key: tuple[Any, ...]) -> Plan:
-    dtype, dims, strides, scalars, deterministic = key
-    _, total_q, total_k, heads, heads_kv, head_dim, head_dim_v = dims
-    torch_dtype = next(name for name, code in checks.DTYPE_CODES.items() if code == dtype)
-    gradients = (
-        ops._contiguous((total_q, heads, head_dim), torch_dtype),
-        ops._contiguous((total_k, heads_kv, head_dim), torch_dtype),
-        ops._contiguous((total_k, heads_kv, head_dim_v), torch_dtype),
-    )
-    run, workspace_bytes = _library.load().prepare_varlen_backward(
-        dtype,
-        *dims,
-        (*strides, *(layout[1][:2] for layout in gradients)),
-        *ops.library_scalars((*scalars, deterministic)),
-    )
-    plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
-    ops.remember(_plans, key, plan)
-    return plan
+    addresses = tuple(0 if x is None else x.data_ptr() for x in lengths)
+    kind = Kind(_plans, "prepare_varlen_backward", packed_view, ())
+    return launch(kind, dtype, dims, (q, k, v, out, dout), lse, dlse, scalars, addresses)
 
 
 def _backward_cpu(dout: torch.Tensor, dlse: Any, q: torch.Tensor, *_: Any) -> NoReturn:
@@ -144,8 +92,8 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scalars, _, deterministic = inputs
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)  # None where there is none
-    ctx.save_for_backward(q, k, v, *output, *lengths)
-    ctx.set_materialize_grads(False)  # as in ops_backward.save
+    ops_backward.save(ctx, (q, k, v), output, lengths)
+    ctx.operator = backward
     ctx.scalars = (*scalars, deterministic)
 
 
@@ -153,12 +101,7 @@ def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     nothing = (None,) * 11  # of lengths and scalars
-    if dout is None and dlse is None:
-        return (None, None, None, *nothing)
-    q, k, v, out, lse, *lengths = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
-    arguments = (dout, dlse, q, k, v, out, lse, *lengths, *ctx.scalars)
-    return *ops_backward.call(backward, *arguments), *nothing
+    return *ops_backward.gradients(ctx, dout, dlse), *nothing
 
 
 _library_fragment.impl("backward_varlen", _backward_cuda, "CUDA")
