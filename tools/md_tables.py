@@ -18,6 +18,11 @@ def listing(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
+def bullets(lines: Sequence[str]) -> str:
+    """Summary lines as a list, without the suites that they begin with."""
+    return "\n".join(f"- {line.partition(': ')[2]}" for line in lines)
+
+
 def length(tokens: int) -> str:
     """A sequence length, short."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)

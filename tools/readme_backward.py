@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from md_tables import MISSING, length, number, table
+from md_tables import MISSING, bullets, length, number, table
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC
 from hopper_attention.bench.backward_table import (
@@ -16,8 +16,7 @@ from hopper_attention.bench.backward_table import (
     read_errors,
 )
 from hopper_attention.bench.contestants import OURS
-from hopper_attention.bench.fp8_table import RowRatio
-from hopper_attention.bench.ratios import Comparison, compare_records
+from hopper_attention.bench.ratios import Comparison, RowRatio, compare_records
 from hopper_attention.bench.records import run_of
 from hopper_attention.bench.rmse import STANDARD
 from hopper_attention.bench.shapes import short_dtype
@@ -45,11 +44,6 @@ _VALUES = {"normal": "N(0, 1)", "outliers": "N(0, 1) + N(0, 100) · Bernoulli(0.
 _PARTS = {"dq": "dQ", "dk": "dK", "dv": "dV"}
 
 Document = Mapping[str, Any]
-
-
-def _bullets(lines: Sequence[str]) -> str:
-    """Summary lines as a list, without the suites that they begin with."""
-    return "\n".join(f"- {line.partition(': ')[2]}" for line in lines)
 
 
 def _by_length(
@@ -80,7 +74,7 @@ def backward(results: Document) -> str:
     run, _ = run_of(results, "backward")
     return "\n\n".join(
         [
-            _bullets([summary_line("backward", comparisons)]),
+            bullets([summary_line("backward", comparisons)]),
             _by_length(comparisons, _NAMES, [BEST_PEER]),
             f"{results['device']}, {run}.",
         ]
@@ -92,7 +86,7 @@ def deterministic(results: Document) -> str:
     comparisons = compare_records(results["records"], "backward")
     tables = _by_length(comparisons, _DETERMINISTIC_NAMES, DETERMINISTIC_RATIOS)
     lines = deterministic_lines("backward", comparisons)
-    return f"{_bullets(lines)}\n\n{tables}" if lines else tables
+    return f"{bullets(lines)}\n\n{tables}" if lines else tables
 
 
 def shapes(results: Document) -> str:
@@ -111,7 +105,7 @@ def shapes(results: Document) -> str:
     ]
     lines = [summary_line(suite, comparisons), *deterministic_lines(suite, comparisons)]
     text = table(["TFLOP/s", *titles.values(), "ours / best peer"], rows)
-    return f"{_bullets(lines)}\n\n{text}"
+    return f"{bullets(lines)}\n\n{text}"
 
 
 def rmse(results: Document) -> str:
@@ -126,4 +120,4 @@ def rmse(results: Document) -> str:
         rows.append([*titles, *cells, f"**{number(one.ratio(), 3)}**"])
     header = ["dtype", "d", "Q, K, V", "", *(_NAMES[name] for name in names), "ours / best peer"]
     lines, text = error_lines(found), table(header, rows, left=4)
-    return f"{_bullets(lines)}\n\n{text}" if lines else text
+    return f"{bullets(lines)}\n\n{text}" if lines else text

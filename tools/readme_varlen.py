@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from md_tables import number, table
+from md_tables import bullets, number, table
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC
 from hopper_attention.bench.contestants import OURS
@@ -51,10 +51,10 @@ def _by_batch(results: Document, part: str) -> str:
         cells += [f"**{number(ratio_of(one), 2)}**" for _, ratio_of in ratios]
         rows.append([_batch(one.shape), *cells])
     header = ["TFLOP/s", *(_NAMES[name] for name in names), *(label for label, _ in ratios)]
-    lines = [f"- {line.partition(': ')[2]}" for line in varlen_lines(part, comparisons)]
+    lines = varlen_lines(part, comparisons)
     run, _ = run_of(results, "varlen")
     text = [table(header, rows), f"{results['device']}, {run}."]
-    return "\n\n".join(["\n".join(lines), *text] if lines else text)
+    return "\n\n".join([bullets(lines), *text] if lines else text)
 
 
 def _batch(shape: Shape) -> str:

@@ -195,6 +195,28 @@ def test_everyone_is_right_and_is_recorded(ours, fa3):
     assert {c["deterministic"] for c in ours.calls if "dout" in c} == {False, True}
 
 
+def test_a_problem_that_does_not_fit_is_left_out(fa3, monkeypatch):
+    def no_memory(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    monkeypatch.setattr(varlen_suite, "expect", no_memory)
+    outcome, done = Outcome(), []
+    varlen_suite.run_varlen(
+        [EQUAL, MIXED],
+        [varlen.Fa3Packed()],
+        outcome,
+        "now",
+        clock=Clock(),
+        device="cpu",
+        after_shape=lambda: done.append(len(outcome.excluded)),
+    )
+    assert not outcome.records
+    assert [(name, reason.split(":")[0]) for name, _, reason in outcome.excluded] == [
+        ("fa3", "not enough device memory for the problem")
+    ] * 2
+    assert done == [1, 2]  # results are saved and progress is shown all the same
+
+
 class Wrong:
     """Right, but for one sequence's results."""
 

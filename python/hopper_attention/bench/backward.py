@@ -14,7 +14,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from hopper_attention.bench.contestants import OURS, UnavailableError, load_fa3
+from hopper_attention.bench.contestants import (
+    OURS,
+    UnavailableError,
+    collect,
+    load_fa3,
+    require_kernels,
+)
 from hopper_attention.bench.shapes import Shape
 
 OURS_DETERMINISTIC = "hopper_attention_deterministic"
@@ -75,9 +81,7 @@ class OursBackward:
         import hopper_attention
         from hopper_attention import ops_backward
 
-        reason = hopper_attention.unavailable_reason()
-        if reason is not None:
-            raise UnavailableError(reason)
+        require_kernels()
         self.name = OURS_DETERMINISTIC if deterministic else OURS
         self._deterministic = deterministic
         self._forward = hopper_attention.flash_attn_func
@@ -203,11 +207,4 @@ def gather_backward(
         makers["fa3"] = Fa3Backward
         makers[FA3_DETERMINISTIC] = lambda folder: Fa3Backward(folder, deterministic=True)
         makers.update({"cudnn": _cudnn, "fa2": _fa2})
-    found: list[BackwardContestant] = []
-    missing: dict[str, str] = {}
-    for name, make in makers.items():
-        try:
-            found.append(make(peers_dir))
-        except UnavailableError as error:
-            missing[name] = str(error)
-    return found, missing
+    return collect(makers, peers_dir)

@@ -23,7 +23,6 @@ from hopper_attention.bench.rmse import STANDARD, draw
 from hopper_attention.bench.runner import (
     Outcome,
     Progress,
-    explain_failure,
     explained,
     make_inputs,
     rounded,
@@ -97,8 +96,7 @@ def _run_shape(
         inputs: Inputs = (*make_inputs(shape, device), draw_dout(shape, device))
         expected = gradients.expect(shape, inputs)
     except torch.OutOfMemoryError as error:
-        reason = f"not enough device memory for the problem: {explain_failure(error)}"
-        outcome.excluded += [(one.name, shape.label, reason) for one in contestants]
+        outcome.exclude_all([one.name for one in contestants], shape.label, error)
         return
     runs: dict[str, Callable[[], Gradients]] = {}
     errors: dict[str, float] = {}

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC
 from hopper_attention.bench.contestants import OURS, PEERS
-from hopper_attention.bench.fp8_table import RowRatio, ratio_to
-from hopper_attention.bench.ratios import Comparison, summary
+from hopper_attention.bench.ratios import Comparison, RowRatio, ratio_line, ratio_to
 from hopper_attention.bench.records import Record, shape_of
 from hopper_attention.bench.shapes import Shape
 
@@ -23,18 +22,11 @@ BACKWARD_RATIOS = (BEST_PEER, *DETERMINISTIC_RATIOS)
 
 def deterministic_lines(suite: str, comparisons: Sequence[Comparison]) -> list[str]:
     """Sums up what the order of the sums costs, and how it compares with FlashAttention-3's."""
-    lines = []
-    for label, ratio_of in DETERMINISTIC_RATIOS:
-        rated = [(ratio, one) for one in comparisons if (ratio := ratio_of(one)) is not None]
-        found = summary([ratio for ratio, _ in rated])
-        if found is None:
-            continue
-        worst = min(rated, key=lambda pair: pair[0])[1].shape.label
-        lines.append(
-            f"{suite}: {label}: geometric mean {found[0]:.3f}, least {found[1]:.3f} ({worst}), "
-            f"{len(rated)} shapes"
-        )
-    return lines
+    lines = [
+        ratio_line(f"{suite}: {label}", comparisons, ratio_of)
+        for label, ratio_of in DETERMINISTIC_RATIOS
+    ]
+    return [line for line in lines if line is not None]
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import contextlib
 import ctypes
 import importlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, NoReturn, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -91,9 +91,7 @@ class Ours:
     def __init__(self) -> None:
         import hopper_attention
 
-        reason = hopper_attention.unavailable_reason()
-        if reason is not None:
-            raise UnavailableError(reason)
+        require_kernels()
         self._call = hopper_attention.flash_attn_func
 
     def context(self) -> contextlib.AbstractContextManager[Any]:
@@ -271,15 +269,36 @@ def gather(
     makers: dict[str, Callable[[Path | None], Contestant]] = {OURS: lambda _: Ours()}
     if peers:
         makers.update({"fa3": Fa3, "cudnn": _cudnn, "fa2": _fa2})
-    wanted = list(makers) if names is None else list(names)
-    found: list[Contestant] = []
+    if names is not None:
+        makers = {name: makers.get(name, _unknown) for name in names}
+    return collect(makers, peers_dir)
+
+
+def _unknown(_: Path | None) -> NoReturn:
+    raise UnavailableError("no such contestant")
+
+
+_Made = TypeVar("_Made")
+
+
+def collect(
+    makers: Mapping[str, Callable[[Path | None], _Made]], peers_dir: Path | None
+) -> tuple[list[_Made], dict[str, str]]:
+    """Makes contestants by name from the folder of the peers' files; as `gather` returns them."""
+    found: list[_Made] = []
     missing: dict[str, str] = {}
-    for name in wanted:
-        if name not in makers:
-            missing[name] = "no such contestant"
-            continue
+    for name, make in makers.items():
         try:
-            found.append(makers[name](peers_dir))
+            found.append(make(peers_dir))
         except UnavailableError as error:
             missing[name] = str(error)
     return found, missing
+
+
+def require_kernels() -> None:
+    """Raises UnavailableError where our kernels cannot run, saying why."""
+    import hopper_attention
+
+    reason = hopper_attention.unavailable_reason()
+    if reason is not None:
+        raise UnavailableError(reason)

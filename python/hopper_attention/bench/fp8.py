@@ -22,7 +22,9 @@ from hopper_attention.bench.contestants import (
     Contestant,
     Fa3,
     UnavailableError,
+    collect,
     load_library,
+    require_kernels,
 )
 from hopper_attention.bench.shapes import Shape
 from hopper_attention.recipe import Fp8Recipe
@@ -43,11 +45,7 @@ class Fp8Ours:
     """This package's `flash_attn_fp8_func` of what `quantize` returned."""
 
     def __init__(self, name: str = OURS, recipe: Fp8Recipe | None = None) -> None:
-        import hopper_attention
-
-        reason = hopper_attention.unavailable_reason()
-        if reason is not None:
-            raise UnavailableError(reason)
+        require_kernels()
         self.name = name
         self._recipe = recipe or Fp8Recipe()
 
@@ -223,11 +221,4 @@ def gather_fp8(
     }
     if peers:
         makers.update({"cudnn_fp8": CudnnFp8, "fa3_fp8": Fa3Fp8, BASE: Fa3})
-    found: list[Contestant] = []
-    missing: dict[str, str] = {}
-    for name, make in makers.items():
-        try:
-            found.append(make(peers_dir))
-        except UnavailableError as error:
-            missing[name] = str(error)
-    return found, missing
+    return collect(makers, peers_dir)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from hopper_attention.bench.contestants import OURS
 from hopper_attention.bench.fp8 import BASE, FAST, FP8_PEERS
 from hopper_attention.bench.fp8_accuracy import EMULATION, UNIFORM
 from hopper_attention.bench.quantizer import BF16, COPY
-from hopper_attention.bench.ratios import Comparison, compare_records, summary
+from hopper_attention.bench.ratios import (
+    Comparison,
+    RowRatio,
+    compare_records,
+    ratio_line,
+    ratio_to,
+)
 from hopper_attention.bench.records import Record, shape_of
 from hopper_attention.bench.shapes import Shape
 
@@ -31,28 +38,14 @@ def compare_fp8(records: Sequence[Record]) -> list[Comparison]:
     return compare_records(records, "fp8", peers=FP8_PEERS)
 
 
-def ratio_to(one: Comparison, name: str, ours: str = OURS) -> float | None:
-    """Our speed over one contestant's, or None where either was not measured."""
-    return replace(one, ours=ours, peers=(name,)).ratio
-
-
 def fp8_lines(comparisons: Sequence[Comparison]) -> list[str]:
     """Sums suite fp8 up: ratios to the FP8 peers, and to FlashAttention-3 in bf16."""
     lines = []
     pairs = [(OURS, peer) for peer in FP8_PEERS] + [(FAST, OURS)]
     for ours, name in pairs:
-        rated = [
-            (ratio, one) for one in comparisons if (ratio := ratio_to(one, name, ours)) is not None
-        ]
-        found = summary([ratio for ratio, _ in rated])
-        if found is None:
-            lines.append(f"fp8: no shape with both {ours} and {name} in one run")
-            continue
-        worst = min(rated, key=lambda pair: pair[0])[1].shape.label
-        lines.append(
-            f"fp8: {ours} / {name}: geometric mean {found[0]:.3f}, least {found[1]:.3f} "
-            f"({worst}), {len(rated)} shapes"
-        )
+        ratio_of = partial(ratio_to, name=name, ours=ours)
+        line = ratio_line(f"fp8: {ours} / {name}", comparisons, ratio_of)
+        lines.append(line or f"fp8: no shape with both {ours} and {name} in one run")
     multiples = [
         f"d{head_dim} {mask} {ratio:.2f} ({fast:.2f})"
         for (head_dim, mask), fast in FA3_FAST_MULTIPLES.items()
@@ -216,8 +209,6 @@ def accuracy_lines(found: Accuracy) -> list[str]:
         )
     return lines
 
-
-RowRatio = tuple[str, Callable[[Comparison], float | None]]
 
 # The rows of suite fp8's table that compare.
 FP8_RATIOS: tuple[RowRatio, ...] = (

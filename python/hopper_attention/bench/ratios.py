@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.records import Record, key_of, shape_of
@@ -50,6 +50,15 @@ class Comparison:
         return theirs / mine if self.suite == "host" else mine / theirs
 
 
+# What a row or a line of a table compares, with its title.
+RowRatio = tuple[str, Callable[[Comparison], float | None]]
+
+
+def ratio_to(one: Comparison, name: str, ours: str = OURS) -> float | None:
+    """Our speed over one contestant's, or None where either was not measured."""
+    return replace(one, ours=ours, peers=(name,)).ratio
+
+
 def compare_records(
     records: Sequence[Record], suite: str, ours: str = OURS, peers: Sequence[str] = PEERS
 ) -> list[Comparison]:
@@ -93,3 +102,20 @@ def summary(ratios: Sequence[float]) -> tuple[float, float] | None:
     if not ratios:
         return None
     return math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)
+
+
+def ratio_line(
+    title: str,
+    comparisons: Sequence[Comparison],
+    ratio_of: Callable[[Comparison], float | None],
+) -> str | None:
+    """Sums a ratio up in a line, after the title; None where no shape has it."""
+    rated = [(ratio, one) for one in comparisons if (ratio := ratio_of(one)) is not None]
+    found = summary([ratio for ratio, _ in rated])
+    if found is None:
+        return None
+    worst = min(rated, key=lambda pair: pair[0])[1].shape.label
+    return (
+        f"{title}: geometric mean {found[0]:.3f}, least {found[1]:.3f} ({worst}), "
+        f"{len(rated)} shapes"
+    )

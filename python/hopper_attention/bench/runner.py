@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -36,6 +36,11 @@ class Outcome:
 
     records: list[Record] = field(default_factory=list)
     excluded: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def exclude_all(self, names: Iterable[str], label: str, error: torch.OutOfMemoryError) -> None:
+        """Excludes everybody from a problem that does not fit the device."""
+        reason = f"not enough device memory for the problem: {explain_failure(error)}"
+        self.excluded += [(name, label, reason) for name in names]
 
     def ours_failed(self) -> bool:
         """Whether our own implementation, or a variant of it, is among the excluded."""
@@ -178,8 +183,7 @@ def _run_shape(
         inputs = make_inputs(shape, device)
         expected = accuracy.expect(shape, *inputs)
     except torch.OutOfMemoryError as error:
-        reason = f"not enough device memory for the problem: {explain_failure(error)}"
-        outcome.excluded += [(one.name, shape.label, reason) for one in contestants]
+        outcome.exclude_all([one.name for one in contestants], shape.label, error)
         return
     ready: dict[str, Bound] = {}
     errors: dict[str, accuracy.Errors] = {}

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hopper_attention.bench import backward_table, fp8_table, varlen_table
 from hopper_attention.bench.contestants import OURS, PEERS
-from hopper_attention.bench.ratios import Comparison, compare_records, summary
+from hopper_attention.bench.ratios import Comparison, RowRatio, compare_records, ratio_line
 from hopper_attention.bench.records import Record
 from hopper_attention.bench.rmse import STANDARD
 from hopper_attention.bench.shapes import BACKWARD_SUITES, FP8_SUITES, short_dtype
@@ -59,18 +59,12 @@ def print_results(console: Console, records: Sequence[Record]) -> None:
 
 def summary_line(suite: str, comparisons: Sequence[Comparison]) -> str:
     """Says in a line how a suite's shapes compare with the best peers."""
-    ratios = [one.ratio for one in comparisons if one.ratio is not None]
-    found = summary(ratios)
-    if found is None:
-        return f"{suite}: no shape with both ours and a peer's measurement in one run"
-    mean, least = found
-    worst = next(one for one in comparisons if one.ratio == least)
     names = [p for p in PEERS if any(p in one.values for one in comparisons)]
-    line = (
-        f"{suite}: ours / best of {', '.join(names)}: geometric mean {mean:.3f}, "
-        f"least {least:.3f} ({worst.shape.label}), {len(ratios)} shapes"
-    )
-    alone = len(comparisons) - len(ratios)
+    title = f"{suite}: ours / best of {', '.join(names)}"
+    line = ratio_line(title, comparisons, lambda one: one.ratio)
+    if line is None:
+        return f"{suite}: no shape with both ours and a peer's measurement in one run"
+    alone = sum(one.ratio is None for one in comparisons)
     return f"{line}; {alone} without a ratio" if alone else line
 
 
@@ -193,7 +187,7 @@ def _grid_table(
     console: Console,
     title: str,
     comparisons: Sequence[Comparison],
-    ratios: Sequence[fp8_table.RowRatio],
+    ratios: Sequence[RowRatio],
 ) -> Table:
     """TFLOP/s by sequence length, with rows of ratios for each head dimension and mask."""
     lengths = sorted({one.shape.seqlen_q for one in comparisons})

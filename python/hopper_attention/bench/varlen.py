@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC, Gradients
-from hopper_attention.bench.contestants import OURS, UnavailableError, load_fa3
+from hopper_attention.bench.contestants import (
+    OURS,
+    UnavailableError,
+    collect,
+    load_fa3,
+    require_kernels,
+)
 from hopper_attention.bench.shapes import PACKED, Shape
 
 OURS_DENSE = "hopper_attention_dense"  # the same sequences in a dense batch
@@ -105,9 +111,7 @@ class OursPacked:
         import hopper_attention
         from hopper_attention import ops_varlen_backward
 
-        reason = hopper_attention.unavailable_reason()
-        if reason is not None:
-            raise UnavailableError(reason)
+        require_kernels()
         self.name = OURS_DETERMINISTIC if deterministic else OURS
         self.parts: tuple[str, ...] = (BACKWARD,) if deterministic else PARTS
         self._deterministic = deterministic
@@ -161,9 +165,7 @@ class OursDense:
         import hopper_attention
         from hopper_attention import ops_backward
 
-        reason = hopper_attention.unavailable_reason()
-        if reason is not None:
-            raise UnavailableError(reason)
+        require_kernels()
         self._attend = hopper_attention.flash_attn_func
         self._backward = ops_backward.backward
 
@@ -255,11 +257,4 @@ def gather_varlen(
     if peers:
         makers["fa3"] = Fa3Packed
         makers[FA3_DETERMINISTIC] = lambda folder: Fa3Packed(folder, deterministic=True)
-    found: list[PackedContestant] = []
-    missing: dict[str, str] = {}
-    for name, make in makers.items():
-        try:
-            found.append(make(peers_dir))
-        except UnavailableError as error:
-            missing[name] = str(error)
-    return found, missing
+    return collect(makers, peers_dir)

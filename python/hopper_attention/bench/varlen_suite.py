@@ -18,7 +18,6 @@ from hopper_attention.bench.records import make_record
 from hopper_attention.bench.runner import (
     Outcome,
     Progress,
-    explain_failure,
     explained,
     rounded,
 )
@@ -110,17 +109,28 @@ def run_varlen(
     clock = clock or CudaClock()
     for shape in shapes:
         progress(shape.label)
-        taking_part = [one for one in contestants if one.takes(shape)]
-        try:
-            batch = draw(shape, device)
-            expected = expect(batch)
-        except torch.OutOfMemoryError as error:
-            reason = f"not enough device memory for the problem: {explain_failure(error)}"
-            outcome.excluded += [(one.name, shape.label, reason) for one in taking_part]
-            continue
-        for part in PARTS:
-            _run_part(part, batch, expected, taking_part, outcome, run, reps, clock)
+        _run_shape(shape, contestants, outcome, run, reps, clock, device)
         after_shape()
+
+
+def _run_shape(
+    shape: Shape,
+    contestants: Sequence[PackedContestant],
+    outcome: Outcome,
+    run: str,
+    reps: int,
+    clock: Clock,
+    device: str,
+) -> None:
+    taking_part = [one for one in contestants if one.takes(shape)]
+    try:
+        batch = draw(shape, device)
+        expected = expect(batch)
+    except torch.OutOfMemoryError as error:
+        outcome.exclude_all([one.name for one in taking_part], shape.label, error)
+        return
+    for part in PARTS:
+        _run_part(part, batch, expected, taking_part, outcome, run, reps, clock)
 
 
 def _run_part(

@@ -6,8 +6,13 @@ from collections.abc import Sequence
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC
 from hopper_attention.bench.contestants import OURS
-from hopper_attention.bench.fp8_table import RowRatio, ratio_to
-from hopper_attention.bench.ratios import Comparison, compare_records, summary
+from hopper_attention.bench.ratios import (
+    Comparison,
+    RowRatio,
+    compare_records,
+    ratio_line,
+    ratio_to,
+)
 from hopper_attention.bench.records import Record
 from hopper_attention.bench.varlen import BACKWARD, FORWARD, OURS_DENSE
 
@@ -31,15 +36,8 @@ def compare_varlen(records: Sequence[Record], part: str) -> list[Comparison]:
 
 def varlen_lines(part: str, comparisons: Sequence[Comparison]) -> list[str]:
     """Sums one pass up: against FlashAttention-3, and against dense batches."""
-    lines = []
-    for label, ratio_of in RATIOS[part]:
-        rated = [(ratio, one) for one in comparisons if (ratio := ratio_of(one)) is not None]
-        found = summary([ratio for ratio, _ in rated])
-        if found is None:
-            continue
-        worst = min(rated, key=lambda pair: pair[0])[1].shape.label
-        lines.append(
-            f"varlen {part}: {label}: geometric mean {found[0]:.3f}, least {found[1]:.3f} "
-            f"({worst}), {len(rated)} shapes"
-        )
-    return lines
+    lines = [
+        ratio_line(f"varlen {part}: {label}", comparisons, ratio_of)
+        for label, ratio_of in RATIOS[part]
+    ]
+    return [line for line in lines if line is not None]
