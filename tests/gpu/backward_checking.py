@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from checking import (
@@ -28,30 +28,36 @@ from torch import Tensor
 from hopper_attention import checks, reference
 from hopper_attention.study.standard import standard_attention, standard_scores
 
+if TYPE_CHECKING:
+    from varlen_checking import Packed
+
 Tensors = tuple[Tensor, Tensor, Tensor]
 
 GRADIENTS = ("dq", "dk", "dv")
 # Arguments of the kernels that exact attention has not
-_OF_KERNELS = ("sm_margin", "deterministic")
+OF_KERNELS = ("sm_margin", "deterministic")
 # Relative error of a sum over the head dimension
 SUM_ROUNDING = 2.0**-22
 # Rows that the workspace is padded to, at most
 _LARGEST_TILE = 128
 
 
-def draw(problem: Problem, seed: int = 0) -> tuple[Tensors, Tensor]:
-    """Draws (q, k, v) as `Problem.inputs` does, and dout, all from N(0, 1)."""
+def draw(problem: Problem | Packed, seed: int = 0) -> tuple[Tensors, Tensor]:
+    """Draws (q, k, v) as `Problem.inputs` or `Packed.inputs` does, and dout, all from N(0, 1)."""
     q, k, v = problem.inputs(seed)
     generator = torch.Generator(DEVICE).manual_seed(seed + 1_000_003)
-    size = (*q.shape[:3], v.shape[3])
+    size = (*q.shape[:-1], v.shape[-1])
     return (q, k, v), torch.randn(size, device=DEVICE, dtype=q.dtype, generator=generator)
 
 
 def draw_dlse(q: Tensor, seed: int = 0) -> Tensor:
-    """Draws the gradient of the log-sum-exp: (batch, heads, seqlen_q) from N(0, 1)."""
+    """Draws the gradient of the log-sum-exp from N(0, 1): (batch, heads, seqlen_q).
+
+    Of a packed batch it is (heads, total_q).
+    """
     generator = torch.Generator(DEVICE).manual_seed(seed + 2_000_003)
-    batch, seqlen_q, heads, _ = q.shape
-    return torch.randn(batch, heads, seqlen_q, device=DEVICE, generator=generator)
+    *batch, rows, heads, _ = q.shape
+    return torch.randn(*batch, heads, rows, device=DEVICE, generator=generator)
 
 
 class Call:
@@ -162,12 +168,25 @@ def compare(
     **options: Any,
 ) -> None:
     """Asserts the rule for gradients that are there already."""
-    of_attention = {name: x for name, x in options.items() if name not in _OF_KERNELS}
+    of_attention = {name: x for name, x in options.items() if name not in OF_KERNELS}
     exact = exact_gradients(inputs, dout, dlse, **of_attention)
     usual = usual_gradients(inputs, dout, dlse, **of_attention)
     rounding = sum_rounding(inputs, dout, **of_attention)
     shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", inputs, strict=True))
     what = f"{shapes}, {inputs[0].dtype}, {options}"
+    apply_rule(found, exact, usual, inputs, rounding, what)
+    check_unseen(found, inputs, what, **of_attention)
+
+
+def apply_rule(
+    found: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    usual: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    rounding: dict[str, float],
+    what: str,
+) -> None:
+    """Asserts the rule, from all that it compares, each for q, k and v with a batch dimension."""
     for name, grad, truth, rounded, of in zip(GRADIENTS, found, exact, usual, inputs, strict=True):
         assert (grad.shape, grad.dtype) == (of.shape, of.dtype), f"{what}: {name}"
         error = largest_error(grad, truth)
@@ -177,7 +196,6 @@ def compare(
             f"{what}: {name} is off by {error:.3g}, allowed {allowed:.3g}; "
             f"{where_wrong(grad, truth, allowed)}"
         )
-    check_unseen(found, inputs, what, **of_attention)
 
 
 def last_places(exact: Tensor, of: Tensor) -> float:

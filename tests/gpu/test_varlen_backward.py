@@ -7,10 +7,10 @@ import random
 import pytest
 import test_varlen
 import torch
-from backward_checking import same_bits
+from backward_checking import draw, draw_dlse, same_bits
 from checking import DTYPES, TILES, name
 from test_varlen import CORNERS, heads_outside, odd_address, of_tile, padded
-from varlen_backward_checking import Call, check, check_batch, draw, draw_dlse, gradients
+from varlen_backward_checking import Call, check, check_batch, gradients
 from varlen_checking import KEYS, ROWS, Packed, cumulate
 
 import hopper_attention

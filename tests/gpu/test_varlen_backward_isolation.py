@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from backward_checking import same_bits
+from backward_checking import draw, draw_dlse, same_bits
 from checking import DEVICE, TILES, name
 from test_varlen_isolation import CANARY, NEIGHBOURS, NONSENSE
-from varlen_backward_checking import check, compare, draw, draw_dlse, gradients
+from varlen_backward_checking import check, compare, gradients
 from varlen_checking import Packed, attention, cumulate
 
 from hopper_attention import _library

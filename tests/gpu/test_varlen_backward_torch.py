@@ -5,10 +5,10 @@ import shutil
 
 import pytest
 import torch
-from backward_checking import same_bits
+from backward_checking import draw, draw_dlse, same_bits
 from checking import DEVICE, TILES, name
 from torch.utils.checkpoint import checkpoint
-from varlen_backward_checking import Call, check, compare, draw, draw_dlse, gradients
+from varlen_backward_checking import Call, check, compare, gradients
 from varlen_checking import Packed, attention, cumulate
 
 import hopper_attention

@@ -14,40 +14,25 @@ from typing import Any
 import torch
 from backward_checking import (
     GRADIENTS,
+    OF_KERNELS,
     Tensors,
+    apply_rule,
     check_unseen,
     differentiate,
+    draw,
     exact_gradients,
-    last_places,
     sum_rounding,
     tile_head_dim,
     usual_gradients,
-    where_wrong,
 )
-from checking import DEVICE, ERROR_FACTOR, ERROR_SLACK, largest_error
+from checking import DEVICE
 from torch import Tensor
 from varlen_checking import Packed, attention
 
 from hopper_attention.checks_varlen import Lengths
 
-# Arguments of the kernels that exact attention has not
-_OF_KERNELS = ("sm_margin", "deterministic")
 # Rows of the workspace that a sequence begins with, at most
 _LARGEST_TILE = 128
-
-
-def draw(batch: Packed, seed: int = 0) -> tuple[Tensors, Tensor]:
-    """Draws (q, k, v) as `Packed.inputs` does, and dout, all from N(0, 1)."""
-    q, k, v = batch.inputs(seed)
-    generator = torch.Generator(DEVICE).manual_seed(seed + 1_000_003)
-    size = (*q.shape[:2], v.shape[2])
-    return (q, k, v), torch.randn(size, device=DEVICE, dtype=q.dtype, generator=generator)
-
-
-def draw_dlse(q: Tensor, seed: int = 0) -> Tensor:
-    """Draws the gradient of the log-sum-exp: (heads, total_q) from N(0, 1)."""
-    generator = torch.Generator(DEVICE).manual_seed(seed + 2_000_003)
-    return torch.randn(q.shape[1], q.shape[0], device=DEVICE, generator=generator)
 
 
 class Call:
@@ -127,7 +112,7 @@ def compare(
     **options: Any,
 ) -> None:
     """Asserts the rule for gradients that are there already."""
-    options = {name: x for name, x in options.items() if name not in _OF_KERNELS}
+    options = {name: x for name, x in options.items() if name not in OF_KERNELS}
     shapes = ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("qkv", inputs, strict=True))
     what = f"{shapes}, {inputs[0].dtype}, {options}"
     exact = [torch.zeros_like(x, dtype=torch.float64) for x in inputs]
@@ -150,15 +135,8 @@ def compare(
         rounding = {name: max(value, here[name]) for name, value in rounding.items()}
         own = [x[None, part] for x, part in zip(found, parts, strict=True)]
         check_unseen(own, qkv, what, **options)
-    for name, grad, truth, rounded, of in zip(GRADIENTS, found, exact, usual, inputs, strict=True):
-        assert (grad.shape, grad.dtype) == (of.shape, of.dtype), f"{what}: {name}"
-        error = largest_error(grad, truth)
-        allowed = ERROR_FACTOR * largest_error(rounded, truth) + ERROR_SLACK
-        allowed += last_places(truth, of) + rounding[name]
-        assert error <= allowed, (
-            f"{what}: {name} is off by {error:.3g}, allowed {allowed:.3g}; "
-            f"{where_wrong(grad[None], truth[None], allowed)}"
-        )
+    whole_batch = ([x[None] for x in tensors] for tensors in (found, exact, usual, inputs))
+    apply_rule(*whole_batch, rounding, what)
     for name, grad, used in zip(GRADIENTS, found, (of_queries, of_keys, of_keys), strict=True):
         idle = torch.ones(grad.shape[0], dtype=torch.bool, device=grad.device)
         for rows in used:
