@@ -4,11 +4,11 @@ It reads tensors and scales by address and strides, as the kernels do, and compu
 reference: wrong pointers or strides give wrong results.
 """
 
-import ctypes
 import inspect
 import json
 
 import torch
+from gradient_formulas import at
 
 import hopper_attention
 from hopper_attention import _library, ops, ops_fp8, reference
@@ -23,16 +23,6 @@ INTS = [
 ]
 POINTERS = ["q", "k", "v", "out", "lse", "q_descale", "k_descale", "v_descale", "v_token_factor"]
 POINTERS += ["sink"]
-
-
-def at(address, shape, strides, dtype):
-    """The tensor of this shape at an address."""
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    size = torch.empty((), dtype=dtype).element_size()
-    memory = (ctypes.c_char * (extent * size)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
 class FakeLibrary:

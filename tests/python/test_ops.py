@@ -5,11 +5,11 @@ do, and computes with the float64 reference: wrong pointers or strides give wron
 """
 
 import contextlib
-import ctypes
 import math
 
 import pytest
 import torch
+from gradient_formulas import at
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -24,16 +24,6 @@ STRIDES = ["q_strides", "k_strides", "v_strides", "out_strides"]
 SCALARS = ["softmax_scale", "softcap", "causal", "window_left", "window_right", "sm_margin"]
 NAMES = [*POINTERS, "dtype", *SIZES, *STRIDES, *SCALARS]
 STREAM = 4711
-
-
-def at(address, shape, strides, dtype):
-    """The tensor of this shape at an address."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    if 0 in shape:
-        return torch.empty(shape, dtype=dtype)
-    size = torch.empty((), dtype=dtype).element_size()
-    memory = (ctypes.c_char * (extent * size)).from_address(address)
-    return torch.frombuffer(memory, dtype=dtype).as_strided(shape, strides)
 
 
 class FakeLibrary:
