@@ -115,7 +115,7 @@ def test_any_batch(data):
     heads_kv, group = draw(st.integers(1, 2)), draw(st.integers(1, 2))
 
     def tensor(total, heads):
-        x = torch.randn(total, heads, 24).to(torch.bfloat16)
+        x = torch.randn(total, heads, 24).to(torch.float16)  # bf16's O moves small gradients
         layout = draw(st.sampled_from(["contiguous", "heads outside", "padded", "odd"]))
         if layout == "heads outside":
             x = x.transpose(0, 1).contiguous().transpose(0, 1)
