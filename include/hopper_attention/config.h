@@ -110,7 +110,6 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
 // at s = 16384 (docs/performance.md).
 constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterMaxima = Schedule::kAfterMaxima;
-  constexpr Schedule kAfterHalfRow = Schedule::kAfterHalfRow;
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
   constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
   constexpr Schedule kRowByRow = Schedule::kRowByRow;
@@ -126,8 +125,9 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                 "a row's few keys begin and end in narrow blocks; with turns 9% slower"};
       }
       return full
-        ? ForwardConfig{key, 128, 2, 3, true, kAfterRow, false,
-                        "three consumers hide exp2; without ping-pong 4 to 9% slower"}
+        ? ForwardConfig{key, 128, 2, 3, true, kAfterRow, true,
+                        "three consumers hide exp2; without ping-pong 4 to 9% slower", true, 1,
+                        false, 0, true}
         : ForwardConfig{key, 128, 2, 3, true, kAfterMaxima, false,
                         "three consumers hide exp2; waiting after half a row is 4% slower"};
     case 96:
@@ -148,13 +148,13 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
         return {key, 128, 2, 2, true, kRowByRow, false, "208 KiB at two stages"};
       }
       return full
-        ? ForwardConfig{key, 112, 2, 2, false, kAfterHalfRow, true,
+        ? ForwardConfig{key, 112, 2, 2, false, kRowByRow, true,
                         "216 KiB at two stages: the widest that fits"}
         : ForwardConfig{key, 112, 2, 2, false, kRowByRow, false,
                         "216 KiB at two stages: the widest that fits"};
     default:
       return full
-        ? ForwardConfig{key, 80, 2, 2, false, kAfterHalfRow, true,
+        ? ForwardConfig{key, 80, 2, 2, false, kRowByRow, true,
                         "224 KiB at two stages: the widest that fits"}
         : ForwardConfig{key, 80, 2, 2, false, kBetweenRows, false,
                         "224 KiB at two stages: the widest that fits; ping-pong costs 3%"};
