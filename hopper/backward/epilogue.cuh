@@ -1,6 +1,7 @@
 // dK and dV of one consumer's keys: registers, 16 bits, shared memory, TMA.
 #pragma once
 
+#include "backward/late_mma.cuh"
 #include "backward/paired_mma.cuh"
 
 namespace hopper_attention {

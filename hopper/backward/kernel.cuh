@@ -50,7 +50,11 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
   if constexpr (!Traits::kPaired) {
     auto rdK = make_dk<Traits>();
     auto rdV = make_dv<Traits>();
-    accumulate_alike<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
+    if constexpr (Traits::kLateDq) {
+      accumulate_late<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
+    } else {
+      accumulate_alike<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
+    }
     store_dv<Traits>(params, tile, shared, consumer, consumer, thread, rdV);
     sync_consumers(Traits::kConsumers);
     store_dk<Traits>(params, tile, shared, consumer, consumer, thread, rdK);

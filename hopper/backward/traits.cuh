@@ -48,6 +48,8 @@ struct BackwardTraits {
   static constexpr bool kRagged = is_ragged(kConfig);
   static constexpr bool kCapped = kConfig.key.mask == MaskKind::kCapped;
   static constexpr bool kAheadScores = kConfig.ahead_scores;
+  static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
+  static constexpr bool kLateDq = kConfig.late_dq;
   static constexpr bool kPaired = is_paired(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
@@ -102,6 +104,10 @@ struct BackwardTraits {
   // S^T and dP^T
   using MmaScores = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<Rows, M, D>>(), ByKeys{}));
+  using MmaScoresOfRegisters = decltype(cute::make_tiled_mma(
+      cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, M, D>>(), ByKeys{}));
+  // S^T
+  using MmaKeys = cute::conditional_t<kKeysInRegisters, MmaScoresOfRegisters, MmaScores>;
   using MmaDv = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, Dv, M>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>(),

@@ -67,6 +67,7 @@ constexpr int shared_bytes(const BackwardConfig& config) {
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
 // and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP.
+// Late, dQ is there beside both.
 constexpr int fragment_registers(const BackwardConfig& config) {
   const int dk = accumulator_registers(config.key.head_dim);
   const int dv = accumulator_registers(config.key.head_dim_v);
@@ -74,6 +75,10 @@ constexpr int fragment_registers(const BackwardConfig& config) {
   const int dq =
       dq_elements(config) / (config.num_consumers * kWarpgroupThreads * config.dq_slices);
   if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
+  if (config.late_dq) {
+    const int keys = config.k_in_registers ? config.key.head_dim / 4 : 0;  // 64 rows, 16 bits
+    return dk + dv + 2 * scores + dq + keys;
+  }
   return dk + dv + scores + (dq > scores ? dq : scores);
 }
 
@@ -105,6 +110,12 @@ constexpr const char* config_error(const BackwardConfig& config) {
       (config.key.head_dim != kConsumerRows || config.tile_m % (16 * config.num_consumers) != 0))
     return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
   if (config.stages < 1 || config.ds_stages < 1) return "stages";
+  if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
+  if (config.late_dq && (is_paired(config) || !config.ahead_scores))
+    return "dQ late: consumers alike, S ahead";
+  if (config.late_dq && (config.stages < 2 || config.ds_stages != config.stages))
+    return "dQ late: 2 stages or more, as many of dS";
+  if (config.late_dq && config.dq_slices != 1) return "dQ late: one slice";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
   if (fragment_registers(config) + 20 > split.consumer) return "registers";
   return nullptr;

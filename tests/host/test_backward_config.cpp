@@ -55,6 +55,38 @@ void there_is_one_row_for_each_head_dim_dtype_and_mask() {
   }
 }
 
+// A step's dQ is computed while the next step's dS is written: with one stage each would wait for
+// the other.
+void late_dq_is_refused_where_it_cannot_run() {
+  using Change = void (*)(BackwardConfig&);
+  const Change changes[] = {
+      [](BackwardConfig& c) { c.stages = c.ds_stages = 1; },
+      [](BackwardConfig& c) { c.ds_stages = 2; },
+      [](BackwardConfig& c) { c.ahead_scores = false; },
+      [](BackwardConfig& c) { c.dq_slices = 3; },
+  };
+  const BackwardKey key{Dtype::kBfloat16, 96, 96, MaskKind::kMasked};
+  const BackwardConfig config = make_backward_config(key);
+  check::context = "d96";
+  CHECK(config.late_dq && config.k_in_registers && config_error(config) == nullptr);
+  for (const Change change : changes) {
+    BackwardConfig changed = config;
+    change(changed);
+    const char* error = config_error(changed);
+    check::context = error ? error : "no error";
+    CHECK(error != nullptr && std::string(error).find("dQ late") == 0);
+  }
+}
+
+// K, dK and dV, S, dP and dQ at the same time.
+void late_dq_counts_every_fragment() {
+  const BackwardKey key{Dtype::kBfloat16, 96, 96, MaskKind::kMasked};
+  BackwardConfig config = make_backward_config(key);
+  CHECK(fragment_registers(config) == 24 + 48 + 48 + 32 + 32 + 24);
+  config.k_in_registers = false;
+  CHECK(fragment_registers(config) == 48 + 48 + 32 + 32 + 24);
+}
+
 // Where a key block's sequence is read from a list: packed batches, and soft caps, whose kernels
 // serve both kinds.
 void tiles_of_packed_batches_pass_through_shared_memory() {
@@ -165,7 +197,8 @@ template <class Change>
 void refuses(const char* text, Change change) {
   // clang-format off
   BackwardConfig config{{Dtype::kBfloat16, 128, 128, MaskKind::kMasked}, 64, 128, 2, 2, 2,
-                        Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, false, "an example"};
+                        Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, false, false, false,
+                        "an example"};
   // clang-format on
   check::context = "unchanged";
   CHECK(config_error(config) == nullptr);
@@ -182,6 +215,9 @@ void what_cannot_be_built_is_refused() {
   refuses("stages", [](BackwardConfig& c) { c.stages = 0; });
   refuses("shared memory", [](BackwardConfig& c) { c.stages = 6; });
   refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
+  refuses("K in registers", [](BackwardConfig& c) { c.k_in_registers = true; });
+  refuses("dQ late: consumers alike", [](BackwardConfig& c) { c.late_dq = true; });
+  refuses("registers", [](BackwardConfig& c) { c.late_dq = c.ahead_scores = true; });
   refuses("registers", [](BackwardConfig& c) {
     c.tile_m = 128;
     c.dq_split = DqSplit::kRows;
@@ -198,5 +234,7 @@ int main() {
   shared_memory_holds_every_tensor_and_barrier();
   every_element_of_dq_has_one_place();
   what_cannot_be_built_is_refused();
+  late_dq_is_refused_where_it_cannot_run();
+  late_dq_counts_every_fragment();
   return check::result();
 }
