@@ -152,7 +152,7 @@ template <class Shape>
 __device__ void load_row(const QuantizeParams& params, const Task& task, const uint4* stage,
                          const uint4* signs, float (&x)[8][8]) {
   using Element = typename Shape::Element;
-  const bool rotates = params.rotary.dim > 0 && task.which != kV;
+  const bool rotates = !Shape::kMixes && params.rotary.dim > 0 && task.which != kV;
   if (!rotates) {
     const RowPlace<Shape> place;
     // vector_place, with little arithmetic: a slab's rows begin at multiples of 8 vectors.
@@ -160,7 +160,7 @@ __device__ void load_row(const QuantizeParams& params, const Task& task, const u
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       uint4 vector = stage[first ^ i];
-      if (task.which != kV) vector = flip(vector, signs[place.vector(i)]);
+      if (!Shape::kMixes && task.which != kV) vector = flip(vector, signs[place.vector(i)]);
       unpack<Element>(vector, x[i]);
     }
   } else {
