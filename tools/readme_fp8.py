@@ -17,7 +17,7 @@ from hopper_attention.bench.fp8_table import (
     read_accuracy,
 )
 from hopper_attention.bench.fp8_table import end_to_end as read_end_to_end
-from hopper_attention.bench.ratios import Comparison
+from hopper_attention.bench.ratios import Comparison, ratio_to, summary
 from hopper_attention.bench.records import run_of
 from hopper_attention.study import Study
 from hopper_attention.study.recipes import RECIPES, is_fp8
@@ -25,6 +25,7 @@ from hopper_attention.study.verdict import fp8_in_words
 
 # The suite that a section is made from.
 SUITE_OF = {
+    "fp8_headline": "fp8-accuracy",
     "fp8_forward": "fp8",
     "fp8_quantizer": "quantize",
     "fp8_end_to_end": "quantize",
@@ -40,6 +41,30 @@ _NAMES = {
 }
 
 Document = Mapping[str, Any]
+
+
+def headline(results: Document) -> str:
+    """How fast and how right, in a sentence."""
+    comparisons = compare_fp8(results["records"])
+
+    def mean(peer: str) -> str:
+        ratios = [ratio_to(one, peer) for one in comparisons]
+        found = summary([ratio for ratio in ratios if ratio is not None])
+        return MISSING if found is None else f"{found[0]:.2f}"
+
+    bias = read_accuracy(results["records"]).bias
+    longest = max(keys for _, _, keys in bias)
+    worst = {
+        impl: max(abs(x) for (_, name, keys), x in bias.items() if (name, keys) == (impl, longest))
+        for impl in (OURS, FAST)
+    }
+    return (
+        f"In FP8, with sums that stay right at any context length, it runs at {mean('cudnn_fp8')} "
+        f"times the speed of cuDNN's FP8 and {mean('fa3_fp8')} times that of vLLM's two-level "
+        f"FlashAttention-3 (geometric means of {len(comparisons)} shapes, the same run); uniform "
+        f"attention over {longest:,} keys, where fast accumulation loses {worst[FAST]:.0%}, is off "
+        f"by at most {100 * worst[OURS]:.3f}%. [docs/fp8.md](docs/fp8.md) has the tables."
+    )
 
 
 def forward(results: Document) -> str:

@@ -249,6 +249,7 @@ _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
     "backward_rmse": readme_backward.rmse,
     "varlen_forward": readme_varlen.forward,
     "varlen_backward": readme_varlen.backward,
+    "fp8_headline": readme_fp8.headline,
     "fp8_forward": readme_fp8.forward,
     "fp8_quantizer": readme_fp8.quantizer,
     "fp8_end_to_end": readme_fp8.end_to_end,

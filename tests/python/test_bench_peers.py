@@ -150,7 +150,7 @@ def test_the_devices_clock_times_each_call_behind_a_full_queue(fake_cuda):
 
 
 def test_the_hosts_clock_does_not_wait_between_calls(fake_cuda):
-    times = timing.HostClock(calls=50).batch(lambda: fake_cuda.log.append("call"), 3)
+    times = timing.HostClock(calls=50, warm_up_s=0.0).batch(lambda: fake_cuda.log.append("call"), 3)
     series = ["synchronize"] + ["call"] * 50
     assert fake_cuda.log == ["call"] * 50 + series * 3 + ["synchronize"]  # the first is not timed
     assert len(times) == 3
@@ -178,3 +178,14 @@ def test_ceilings_are_medians_over_all_measurements(monkeypatch):
     assert found["matmul_bf16_tflops"] == round(2 * 64**3 / 1.5e-3 / 1e12, 1)
     assert found["matmul_fp16_tflops"] == round(2 * 64**3 / 8e-3 / 1e12, 1)
     assert found["copy_gbps"] == round(2 * 4096 / 1e-3 / 1e9, 1)
+
+
+def test_the_hosts_clock_warms_up_once(monkeypatch):
+    now = iter([0.0, 0.4, 0.9, 1.2, 5.0, 5.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(timing.HostClock, "synchronize", lambda self: None)
+    clock, calls = timing.HostClock(calls=3), []
+    clock.batch(lambda: calls.append(1), 2)
+    assert len(calls) == 3 * (3 + 2)  # until a second has passed, then two measurements
+    clock.batch(lambda: calls.append(1), 2)
+    assert len(calls) == 3 * (5 + 1 + 2)

@@ -51,6 +51,7 @@ NAMES = [
     "study",
     "varlen_forward",
     "varlen_backward",
+    "fp8_headline",
     "fp8_recipes",
     "fp8_context",
     "fp8_words",

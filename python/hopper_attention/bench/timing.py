@@ -63,14 +63,17 @@ class CudaClock:
 class HostClock:
     """Times the host's side of calls: back to back, without waiting for the device."""
 
-    def __init__(self, calls: int = 200) -> None:
+    def __init__(self, calls: int = 200, warm_up_s: float = 1.0) -> None:
         """Sets how many calls make one measurement.
 
         Args:
             calls: Calls between two waits; below 1000, where CUDA's launch queue is full and calls
                 begin to wait for the device.
+            warm_up_s: Seconds of untimed calls before the first measurement, in which an idle
+                processor reaches its clock.
         """
         self._calls = calls
+        self._warm_up_s = warm_up_s
 
     def batch(self, run: Run, count: int) -> list[float]:
         """Times count series of calls; the time of each is its mean over the series.
@@ -81,8 +84,14 @@ class HostClock:
         collecting = gc.isenabled()
         gc.disable()
         try:
-            for _ in range(self._calls):
-                run()
+            warm_at = time.perf_counter() + self._warm_up_s
+            self._warm_up_s = 0.0
+            while True:
+                for _ in range(self._calls):
+                    run()
+                if time.perf_counter() >= warm_at:
+                    break
+                self.synchronize()
             for _ in range(count):
                 self.synchronize()
                 begin = time.perf_counter_ns()
