@@ -206,7 +206,7 @@ CUTE_DEVICE void accumulate_half(BackwardParams const& params, KeyTile const& ti
   auto finish = [&](auto kPlain) __attribute__((always_inline)) {
     const Step last{at_step.count - 1};
     issue_half_gradient<Traits, kValues>(shared, last.stage(), at_step.count < 2, gradient);
-    if constexpr (!kPlain) {  // a mask leaves no registers for both at once
+    if constexpr (!kPlain) {  // else ptxas puts a wait into the masked step (C7517)
       warpgroup_wait<0>();
       release();
     }
