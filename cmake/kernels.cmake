@@ -1,5 +1,4 @@
 # libhopper_attention.so: the C interface and the kernels.
-include(CheckCompilerFlag)
 include(cmake/instances.cmake)
 include(third_party/cutlass.cmake)
 
@@ -41,15 +40,9 @@ target_compile_options(hopper_attention PRIVATE
     "SHELL:-gencode arch=compute_90a,code=sm_90a"
     --expt-relaxed-constexpr --use_fast_math "SHELL:-Xptxas -v"
     -Xcompiler=-Wall,-Wextra>)
-# The quantizer's roundings are defined to the bit: IEEE arithmetic, subnormals and all. With ptxas's
-# default of 5 its fp16 kernels have 40 bytes of local memory a thread, at this level 32.
-set(quantizer_options --ftz=false --prec-div=true --fmad=false)
-check_compiler_flag(CUDA "-Xptxas=--register-usage-level=2" HOPPER_ATTENTION_PTXAS_REGISTER_LEVELS)
-if(HOPPER_ATTENTION_PTXAS_REGISTER_LEVELS)
-  list(APPEND quantizer_options "-Xptxas=--register-usage-level=2")
-endif()
+# The quantizer's roundings are defined to the bit: IEEE arithmetic, subnormals and all.
 set_source_files_properties("${PROJECT_SOURCE_DIR}/hopper/quantize/launch.cu" PROPERTIES
-  COMPILE_OPTIONS "${quantizer_options}")
+  COMPILE_OPTIONS "--ftz=false;--prec-div=true;--fmad=false")
 # NDEBUG in every configuration: with CUTLASS's device assertions the kernels are far slower.
 target_compile_definitions(hopper_attention PRIVATE NDEBUG)
 set_target_properties(hopper_attention PROPERTIES

@@ -30,8 +30,9 @@ constexpr Instance kInstances[] = {
 };
 
 // In the enumeration's order.
-constexpr const char* kSchedules[] = {"kAfterMaxima", "kAfterHalfRow", "kAfterRow", "kBetweenRows"};
-static_assert(static_cast<int>(Schedule::kBetweenRows) == 3, "kSchedules names every schedule");
+constexpr const char* kSchedules[] = {"kAfterMaxima", "kAfterHalfRow", "kAfterRow", "kBetweenRows",
+                                      "kRowByRow"};
+static_assert(static_cast<int>(Schedule::kRowByRow) == 4, "kSchedules names every schedule");
 
 std::string show(int value) { return std::to_string(value); }
 std::string show(bool value) { return value ? "true" : "false"; }
@@ -73,7 +74,7 @@ const Field kFields[] = {
    [](const std::string& text, ForwardConfig* config) { return read(text, &config->name); }}
     FIELD(tile_n),    FIELD(stages),       FIELD(num_consumers),    FIELD(ping_pong),
     FIELD(schedule),  FIELD(skip_rescale), FIELD(overlap_products), FIELD(v_parts),
-    FIELD(exp_turns), FIELD(exp2_by_fma),
+    FIELD(exp_turns), FIELD(exp2_by_fma),  FIELD(late_rescale),
 #undef FIELD
 };
 

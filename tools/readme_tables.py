@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import readme_backward
+import readme_dtypes
 import readme_fp8
 import readme_training
 import readme_varlen
@@ -253,6 +254,7 @@ _FROM_RESULTS: dict[str, Callable[[Document], str]] = {
     "fp8_end_to_end": readme_fp8.end_to_end,
     "fp8_rmse": readme_fp8.rmse,
     "fp8_uniform": readme_fp8.uniform,
+    "dtypes": readme_dtypes.dtypes,
 }
 
 
@@ -279,6 +281,7 @@ def make_sections(results: Path = RESULTS) -> tuple[dict[str, str], dict[str, Pa
         sources[name] = (results, partial(make_one, document))
     suites = {record["suite"] for record in document["records"]}
     suite_of = readme_backward.SUITE_OF | readme_varlen.SUITE_OF | readme_fp8.SUITE_OF
+    suite_of |= readme_dtypes.SUITE_OF
     absent = {name for name, suite in suite_of.items() if suite not in suites}
     made, missing = {"training": readme_training.section()}, {}
     for name, (path, make) in sources.items():

@@ -6,6 +6,7 @@
 #include "hopper_attention/backward_budget.h"
 #include "hopper_attention/budget.h"
 #include "hopper_attention/fp8.h"
+#include "hopper_attention/mask.h"
 
 namespace {
 
@@ -37,8 +38,13 @@ constexpr BackwardInstance kBackwardInstances[] = {
 
 // The fewest keys of a request that a row serves; one with fewer runs in the masked row.
 int min_keys(const ForwardKey& key) {
-  const bool short_too = tile_mask(key.dtype, key.head_dim, true, 0) == MaskKind::kFull;
+  const bool short_too = tile_mask(key.dtype, key.head_dim, true, 0, 0) == MaskKind::kFull;
   return key.mask != MaskKind::kFull || short_too ? 0 : kShortKeys + 1;
+}
+
+// The most keys that a row of such a request sees; one with more runs in the masked row.
+int max_row_keys(const ForwardKey& key) {
+  return key.mask == MaskKind::kShort ? kFewKeys : kMaxLength;
 }
 
 void write_row(std::FILE* file, const Instance& instance, bool last) {
@@ -46,12 +52,12 @@ void write_row(std::FILE* file, const Instance& instance, bool last) {
   std::fprintf(file,
                "  {\"name\": \"%s\", \"dtype\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, "
                "\"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, \"stages\": %d, "
-               "\"num_consumers\": %d, \"min_keys\": %d, \"v_parts\": %d, "
+               "\"num_consumers\": %d, \"min_keys\": %d, \"max_row_keys\": %d, \"v_parts\": %d, "
                "\"sums_by_ones\": %s, \"slack\": %g, \"offset\": %d}%s\n",
                instance.name, name_of(instance.key.dtype), instance.key.head_dim,
                instance.key.head_dim_v, name_of(instance.key.mask), config.tile_m(), config.tile_n,
-               config.stages, config.num_consumers, min_keys(instance.key), config.v_parts,
-               sums_by_ones(config) ? "true" : "false",
+               config.stages, config.num_consumers, min_keys(instance.key),
+               max_row_keys(instance.key), config.v_parts, sums_by_ones(config) ? "true" : "false",
                sums_by_ones(config) ? double{kMaximumSlack} : 0.0,
                is_fp8(instance.key.dtype) ? kOffsetLog2 : 0, last ? "" : ",");
 }

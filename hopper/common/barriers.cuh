@@ -32,8 +32,9 @@ CUTLASS_DEVICE void arrive_warp(EmptyBarrier& barrier) {
 
 // Named barriers of the consumers. CUTLASS shifts them past the hardware barriers it reserves.
 enum class NamedBarrier : std::uint32_t {
-  kTurn = 0,      // 0 to 3: consumer i may issue its products (ping-pong)
-  kEpilogue = 4,  // 4 to 7: consumer i's O is in shared memory
+  kTurn = 0,      // 0 to 2: consumer i may issue its products (ping-pong)
+  kEpilogue = 3,  // 3 to 5: consumer i's O is in shared memory
+  kTileEnd = 6,   // every consumer has multiplied with V for the last time
 };
 
 CUTLASS_DEVICE std::uint32_t barrier_id(NamedBarrier barrier, int consumer) {

@@ -24,10 +24,13 @@ CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output con
   *reinterpret_cast<cutlass::Array<Element, kSize>*>(rO16.data()) =
       convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(rO.data()));
 
-  // The buffer is free when the last tile's O has left it (and, where O lies on Q, when every warp
-  // has multiplied with Q for the last time).
-  if (thread == 0) tma_store_wait<0>();
-  sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+  if constexpr (Traits::kOverlayO) {
+    // Every consumer's last product with V is done, and no V of the next tile is on its way yet.
+    sync_named(NamedBarrier::kTileEnd, 0, Traits::kConsumers * kWarpgroupThreads);
+  } else {
+    if (thread == 0) tma_store_wait<0>();  // the last tile's O has left the buffer
+    sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
+  }
   Tensor sO = make_tensor(make_smem_ptr(shared.o(consumer)), typename Traits::LayoutO{});
   auto copy_o =
       make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
@@ -49,8 +52,8 @@ CUTE_DEVICE void send_output(ForwardParams const& params, typename Traits::Share
   }
   tma_store_arrive();
   if constexpr (Traits::kOverlayO) {
-    tma_store_wait<0>();  // read, not yet written: Q may come
-    shared.barriers.q_empty[consumer].arrive();
+    tma_store_wait<0>();  // read, not yet written: V may come
+    shared.barriers.o_sent[consumer].arrive();
   }
 }
 

@@ -19,6 +19,7 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
   for (int i = 0; i < Traits::kConsumers; ++i) {
     barriers.q_full[i].init(1);
     barriers.q_empty[i].init(o_on_q ? 1 : kWarpgroupWarps);
+    if constexpr (!Traits::kFp8) barriers.o_sent[i].init(1);
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     barriers.k_full[i].init(1);
@@ -145,7 +146,7 @@ __global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.v);
     cute::prefetch_tma_descriptor(&params.out);
     const bool transpose = Traits::kMayTranspose && !params.v_transposed;
-    bool o_on_q = Traits::kOverlayO;
+    bool o_on_q = false;
     if constexpr (Traits::kFp8) o_on_q = Traits::o_on_q(params.v_transposed);
     init_barriers<Traits>(shared.barriers, transpose ? kTransposeWarps : 0, o_on_q);
   }

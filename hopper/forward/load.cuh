@@ -65,6 +65,14 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
     k_ring.advance();
   };
 
+  std::uint32_t o_phase = 0;
+  auto wait_for_o = [&] {  // once a tile: where O lies on V, the last tile's must have left
+    if constexpr (!Traits::kFp8 && Traits::kOverlayO) {
+      for (int i = 0; i < Traits::kConsumers; ++i) barriers.o_sent[i].wait(o_phase ^ 1);
+      o_phase ^= 1;
+    }
+  };
+
   Source source;
   source.start(params);
   int work_idx = blockIdx.x;
@@ -78,6 +86,7 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
         visited_blocks<Traits>(source.mask(params, drawn), drawn.message.tile);
     for (int n_block = blocks.end - 1; n_block >= blocks.begin - 1; --n_block) {
       if (n_block >= blocks.begin) load_k(drawn.k_begin + n_block * Traits::kTileN, head, batch);
+      if (n_block == max(blocks.end - 2, blocks.begin - 1)) wait_for_o();  // ahead of the first V
       if (n_block + 1 < blocks.end) values.load(params, shared, n_block + 1, head, batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
@@ -88,8 +97,8 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   source.finish(params);
 }
 
-// Loads each consumer's rows of Q. Q comes for a tile without keys too: its O may lie on Q's
-// buffer.
+// Loads each consumer's rows of Q. Q comes for a tile without keys too: in e4m3 its O may lie on
+// Q's buffer.
 template <class Traits>
 CUTE_DEVICE void produce_queries(ForwardParams const& params,
                                  typename Traits::SharedStorage& shared) {

@@ -123,9 +123,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
       release_v();
     }
   };
-  auto release_q = [&] {  // where O lies on Q, the epilogue releases it
-    if constexpr (!Traits::kOverlayO) arrive_warp(barriers.q_empty[consumer]);
-  };
+  auto release_q = [&] { arrive_warp(barriers.q_empty[consumer]); };
   auto prepare_scores = [&](int n_block) {
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(rS, params);
@@ -137,13 +135,18 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     }
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
-  constexpr bool kHoldsByRelease =
-      kSchedule == Schedule::kAfterHalfRow || kSchedule == Schedule::kAfterRow;
+  constexpr bool kHoldsByRelease = kSchedule == Schedule::kAfterHalfRow ||
+                                   kSchedule == Schedule::kAfterRow ||
+                                   kSchedule == Schedule::kRowByRow;
+  auto rescale = [&] {
+    if (!Traits::kConfig.skip_rescale || softmax.owes_rescale()) softmax.rescale(rO);
+  };
   // One block: its scores, while the products of the block to its right run. kPlain: no score of it
   // is masked or transformed, as holds for all but a few; a body of its own spares it the branches.
   auto step = [&](int n_block, auto kPlain) {
     if constexpr (kSchedule != Schedule::kBetweenRows) wait_k();
     score();
+    if constexpr (Traits::kConfig.late_rescale) rescale();
     add_values();
     turns.pass();
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
@@ -159,11 +162,18 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 0), 0);
     [[maybe_unused]] float part;  // of the second row's maximum
     if constexpr (kHoldsByRelease) {
-      softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
-      const float sum_before = softmax.sum[0];
-      softmax.exponentiate(rS, 0);
       constexpr int kColumns = Traits::kTileN / 4;  // a thread's of a row
-      constexpr int kLast = kSchedule == Schedule::kAfterHalfRow ? kColumns / 2 : kColumns - 1;
+      constexpr int kLast = kSchedule == Schedule::kAfterRow ? kColumns - 1 : kColumns / 2;
+      const float sum_before = softmax.sum[0];
+      if constexpr (kSchedule == Schedule::kRowByRow) {
+        softmax.exponentiate(rS, 0);
+        // -inf, by way of an exponential: else ptxas takes both maxima ahead of them all.
+        const float seed = fmaf(rS(fragment_index(0, 0)), 0.0f, -INFINITY);
+        softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1, seed), 1);
+      } else {
+        softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
+        softmax.exponentiate(rS, 0);
+      }
       release_k(!(sum_before + rS(fragment_index(0, kLast)) < 0.0f));
     } else if constexpr (kSchedule == Schedule::kBetweenRows) {
       softmax.exponentiate(rS, 0);
@@ -180,7 +190,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
       softmax.template take_maximum<kMayBeEmpty>(part, 1);
     }
     softmax.exponentiate(rS, 1);
-    if (!Traits::kConfig.skip_rescale || softmax.owes_rescale()) softmax.rescale(rO);
+    if constexpr (!Traits::kConfig.late_rescale) rescale();
     convert_probabilities<Element>(rS, rP);
   };
 
@@ -220,6 +230,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   }
 
   release_q();
+  if constexpr (Traits::kConfig.late_rescale) rescale();
   add_values();
   warpgroup_wait<0>();
   warpgroup_fence_operand(rO);

@@ -57,8 +57,8 @@ CUTE_DEVICE void store_packed(ForwardParams const& params, typename Traits::Shar
     copy_output_rows<Traits>(params, shared, row, rows, head, consumer, thread);
     if constexpr (Traits::kOverlayO) {
       sync_named(NamedBarrier::kEpilogue, consumer,
-                 kWarpgroupThreads);  // all have read: Q may come
-      if (thread == 0) shared.barriers.q_empty[consumer].arrive();
+                 kWarpgroupThreads);  // all have read: V may come
+      if (thread == 0) shared.barriers.o_sent[consumer].arrive();
     }
   }
   if (params.lse == nullptr || thread % 4 != 0) return;

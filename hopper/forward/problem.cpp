@@ -276,7 +276,8 @@ Status plan_forward(const hopper_attention_forward_args& args, int num_sms, Forw
   const bool full = plan->mask.full() && !plan->transform_scores;
   const bool plain = full && (!fp8 || (args.v_transposed && !fast));
   const MaskKind mask =
-      args.packed ? MaskKind::kPacked : tile_mask(dtype, dims.qk, plain, args.seqlen_k);
+      args.packed ? MaskKind::kPacked
+                  : tile_mask(dtype, dims.qk, plain, args.seqlen_k, plan->mask.most_keys());
   plan->key = {dtype, dims.qk, dims.v, mask};
   plan->config = make_forward_config(plan->key);
 

@@ -47,10 +47,10 @@ struct Softmax {
   float shift[kRowsPerThread] = {};                          // reference * scale_log2
   float alpha[kRowsPerThread] = {};                          // what O is to be multiplied by
 
-  // The maximum of this thread's part of a row.
+  // The maximum of this thread's part of a row, and of seed.
   template <class Scores>
-  CUTE_DEVICE static float thread_max(Scores const& s, int row) {
-    float result = s(fragment_index(row, 0));
+  CUTE_DEVICE static float thread_max(Scores const& s, int row, float seed = -INFINITY) {
+    float result = fmaxf(seed, s(fragment_index(row, 0)));
     CUTE_UNROLL
     for (int j = 1; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
       result = fmaxf(result, s(fragment_index(row, j)));

@@ -32,10 +32,10 @@ struct ForwardTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kPacked = is_packed(kConfig);
-  static constexpr bool kMasked = kPacked || kConfig.key.mask == MaskKind::kMasked;
+  static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
   static constexpr bool kFp8 = false;
   static constexpr bool kMayTranspose = false;
-  static constexpr bool kOverlayO = o_overlays_q(kConfig);
+  static constexpr bool kOverlayO = o_overlays_v(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
   static constexpr int kSlab = slab_columns(kHeadDim, sizeof(Element));
   static constexpr int kSlabV = slab_columns(kHeadDimV, sizeof(Element));
@@ -80,7 +80,8 @@ struct ForwardTraits {
     EmptyBarrier k_empty[kStages];
     EmptyBarrier v_empty[kStages];
     FullBarrier
-        v_tail[kPacked ? kStages + kStages % 2 : 0];  // V whose last rows wait to be cleared
+        v_tail[kPacked ? kStages + kStages % 2 : 0];   // V whose last rows wait to be cleared
+    EmptyBarrier o_sent[kConsumers + kConsumers % 2];  // O has left: V's buffers are free
     EmptyBarrier tile_full[kTileSlots];
     EmptyBarrier tile_empty[kTileSlots];
     TileMessage tiles[kTileSlots];
@@ -95,10 +96,11 @@ struct ForwardTraits {
     Barriers barriers;
 
     CUTE_DEVICE Element* o(int consumer) {
-      return kOverlayO ? q[consumer] : o_tail + consumer * kOElements;
+      return (kOverlayO ? v[0] : o_tail) + consumer * kOElements;
     }
   };
   static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget.h counts every byte");
+  static_assert(kConsumers * kOElements <= kStages * kVElements, "O fits where V was");
 };
 
 }  // namespace hopper_attention

@@ -4,7 +4,7 @@
 
 #include "quantize/columns.cuh"
 #include "quantize/measure.cuh"
-#include "quantize/rows.cuh"
+#include "quantize/mixed.cuh"
 #include "quantize/service.cuh"
 
 namespace hopper_attention {
@@ -37,7 +37,11 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
     cutlass::arch::fence_barrier_init();
   }
   if (thread < Shape::kVectors) {
-    shared.signs[thread] = sign_mask(params.sign_bits[thread / 4] >> (8 * (thread % 4)) & 0xff);
+    const uint4 signs = sign_mask(params.sign_bits[thread / 4] >> (8 * (thread % 4)) & 0xff);
+    shared.signs[thread] = signs;
+    auto* words = reinterpret_cast<std::uint32_t*>(shared.signs_of_lanes + thread / 4 * 4);
+    words += thread % 4;
+    words[0] = signs.x, words[4] = signs.y, words[8] = signs.z, words[12] = signs.w;
   }
   __syncthreads();
 }
@@ -61,6 +65,8 @@ __device__ void take(const QuantizeParams& params, const QuantizeMaps& maps,
     shared.release_stage(n);
   } else if (task.pass == QuantizePass::kQuantize && task.which == kV && params.v_transposed) {
     take_columns<Shape>(params, shared, n);
+  } else if (Shape::kMixes && task.which != kV) {
+    if constexpr (Shape::kMixes) take_mixed<Shape>(params, maps, shared, n);
   } else {
     take_rows<Shape>(params, maps, shared, n);
   }
@@ -74,7 +80,7 @@ __device__ void work(const QuantizeParams& params, const QuantizeMaps& maps,
     if (shared.slot(n).task.none()) break;
     take<Shape>(params, maps, shared, n);
     __syncwarp();
-    arrive_warp(shared.result_full[(n + unknown_zero()) % Shape::kSlots]);
+    arrive_warp(shared.result_full[shared.template at<Shape::kSlots>(n)]);
   }
   if (thread_idx() % 32 == 0) cute::tma_store_wait<0>();  // shared memory is still being read
 }

@@ -39,16 +39,16 @@ cudaError_t launch_shape(const QuantizeParams& params, const QuantizeMaps& maps,
   return cudaLaunchKernelEx(&config, kernel, params, maps);
 }
 
-template <class Element>
+template <class Element, bool kMixed>
 cudaError_t launch_element(const QuantizeParams& params, const QuantizeMaps& maps,
                            const QuantizeLaunch& launch) {
   switch (launch.tile) {
     case 64:
-      return launch_shape<QuantizeShape<64, Element>>(params, maps, launch);
+      return launch_shape<QuantizeShape<64, Element, kMixed>>(params, maps, launch);
     case 128:
-      return launch_shape<QuantizeShape<128, Element>>(params, maps, launch);
+      return launch_shape<QuantizeShape<128, Element, kMixed>>(params, maps, launch);
     case 256:
-      return launch_shape<QuantizeShape<256, Element>>(params, maps, launch);
+      return launch_shape<QuantizeShape<256, Element, kMixed>>(params, maps, launch);
     default:
       return cudaErrorInvalidValue;
   }
@@ -59,8 +59,13 @@ cudaError_t launch_element(const QuantizeParams& params, const QuantizeMaps& map
 cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeMaps& maps,
                             const QuantizeLaunch& launch) {
   if (params.schedule.num_tickets == 0) return cudaSuccess;
-  return launch.bfloat16 ? launch_element<__nv_bfloat16>(params, maps, launch)
-                         : launch_element<__half>(params, maps, launch);
+  // The tensor cores take 16-bit numbers, which rotary embedding does not leave.
+  if (params.hadamard_log2 >= 4 && params.rotary.dim == 0) {
+    return launch.bfloat16 ? launch_element<__nv_bfloat16, true>(params, maps, launch)
+                           : launch_element<__half, true>(params, maps, launch);
+  }
+  return launch.bfloat16 ? launch_element<__nv_bfloat16, false>(params, maps, launch)
+                         : launch_element<__half, false>(params, maps, launch);
 }
 
 }  // namespace hopper_attention

@@ -47,6 +47,14 @@ __device__ void unpack(const uint4& vector, float (&x)[8]) {
   unpack(vector.w, x[6], x[7], Element{});
 }
 
+// Half a vector, from shared memory.
+template <class Element>
+__device__ void unpack(const uint4* vector, int half, float (&x)[4]) {
+  const uint2 words = reinterpret_cast<const uint2*>(vector)[half];
+  unpack(words.x, x[0], x[1], Element{});
+  unpack(words.y, x[2], x[3], Element{});
+}
+
 __device__ inline uint4 flip(uint4 vector, const uint4& signs) {
   return {vector.x ^ signs.x, vector.y ^ signs.y, vector.z ^ signs.z, vector.w ^ signs.w};
 }
@@ -78,10 +86,11 @@ __device__ inline void load_floats(const float* from, float (&to)[4]) {
   to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
 }
 
-// Turns one vector of a row. partner is the vector that holds the other halves of its pairs.
+// One vector of a row, turned. partner is the vector that holds the other halves of its pairs. Four
+// channels at a time: eight would need more registers than a row of 64 leaves.
 template <class Element>
 __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vector,
-                             const uint4& partner, float (&x)[8]) {
+                             const uint4* own, const uint4* partner, float (&x)[8]) {
   const int half = rotary.dim / 2;
   const bool is_first = 8 * vector < half;
   const int pair = rotary.interleaved ? 4 * vector : is_first ? 8 * vector : 8 * vector - half;
@@ -89,24 +98,24 @@ __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vec
   const float *cosines = rotary.cos + at, *sines = rotary.sin + at;
 #pragma unroll
   for (int part = 0; part < 8; part += 4) {
-    float other[4], c[4], s[4];
+    float of_own[4], other[4], c[4], s[4];
+    unpack<Element>(own, part / 4, of_own);
     if (rotary.interleaved) {
       const float2 cosine = __ldg(reinterpret_cast<const float2*>(cosines + part / 2));
       const float2 sine = __ldg(reinterpret_cast<const float2*>(sines + part / 2));
       c[0] = c[1] = cosine.x, c[2] = c[3] = cosine.y;
       s[0] = -sine.x, s[1] = sine.x, s[2] = -sine.y, s[3] = sine.y;
 #pragma unroll
-      for (int m = 0; m < 4; ++m) other[m] = x[part + (m ^ 1)];
+      for (int m = 0; m < 4; ++m) other[m] = of_own[m ^ 1];
     } else {
       load_floats(cosines + part, c);
       load_floats(sines + part, s);
-      unpack(part == 0 ? partner.x : partner.z, other[0], other[1], Element{});
-      unpack(part == 0 ? partner.y : partner.w, other[2], other[3], Element{});
+      unpack<Element>(partner, part / 4, other);
 #pragma unroll
       for (float& sine : s) sine = is_first ? -sine : sine;
     }
 #pragma unroll
-    for (int m = 0; m < 4; ++m) x[part + m] = x[part + m] * c[m] + other[m] * s[m];
+    for (int m = 0; m < 4; ++m) x[part + m] = of_own[m] * c[m] + other[m] * s[m];
   }
 }
 
@@ -114,12 +123,13 @@ __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vec
 template <class Element>
 __device__ void load_rotated(const QuantizeRotary& rotary, int position, const uint4* stage,
                              int row, int vector, float (&x)[8]) {
-  unpack<Element>(stage[vector_place(row, vector)], x);
+  const uint4* own = stage + vector_place(row, vector);
   const int half = rotary.dim / 16;  // in vectors
-  if (vector >= 2 * half) return;
-  if (position >= 0) {
+  if (vector >= 2 * half) {
+    unpack<Element>(*own, x);
+  } else if (position >= 0) {
     const int other = vector < half ? vector + half : vector - half;
-    rotate_pairs<Element>(rotary, position, vector, stage[vector_place(row, other)], x);
+    rotate_pairs<Element>(rotary, position, vector, own, stage + vector_place(row, other), x);
   } else {
 #pragma unroll
     for (float& value : x) value = __uint_as_float(0x7fffffffu);
@@ -152,7 +162,7 @@ template <class Shape>
 __device__ void load_row(const QuantizeParams& params, const Task& task, const uint4* stage,
                          const uint4* signs, float (&x)[8][8]) {
   using Element = typename Shape::Element;
-  const bool rotates = params.rotary.dim > 0 && task.which != kV;
+  const bool rotates = !Shape::kMixes && params.rotary.dim > 0 && task.which != kV;
   if (!rotates) {
     const RowPlace<Shape> place;
     // vector_place, with little arithmetic: a slab's rows begin at multiples of 8 vectors.
@@ -160,7 +170,7 @@ __device__ void load_row(const QuantizeParams& params, const Task& task, const u
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       uint4 vector = stage[first ^ i];
-      if (task.which != kV) vector = flip(vector, signs[place.vector(i)]);
+      if (!Shape::kMixes && task.which != kV) vector = flip(vector, signs[place.vector(i)]);
       unpack<Element>(vector, x[i]);
     }
   } else {

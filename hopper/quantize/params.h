@@ -47,7 +47,6 @@ struct QuantizeParams {
   std::uint32_t* ticket;       // workspace
   std::int32_t hadamard_log2;  // of the channels it mixes; 0: none
   float hadamard_scale;
-  bool hadamard_scale_is_exact;  // a power of two
   std::uint32_t sign_bits[8];
   bool v_transposed;
   bool smooth_k;

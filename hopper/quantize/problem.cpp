@@ -206,7 +206,6 @@ void set_rotation(const Args& a, QuantizeParams* params) {
   params->hadamard_log2 = hadamard_log2(a.head_dim);
   params->hadamard_scale =
       static_cast<float>(1.0 / std::sqrt(static_cast<double>(1 << params->hadamard_log2)));
-  params->hadamard_scale_is_exact = params->hadamard_log2 % 2 == 0;
   // Channels past the head dimension are zeros and must not become negative ones.
   for (int channel = 0; channel < a.head_dim; ++channel) {
     params->sign_bits[channel / 32] |= a.sign_bits[channel / 32] & (1u << channel % 32);

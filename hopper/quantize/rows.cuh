@@ -33,18 +33,6 @@ __device__ float own_scale(const QuantizeParams& params, typename Shape::Slot& s
   return inverse_of(amax);
 }
 
-template <class Shape>
-__device__ void scale_channels(const float* inverse, float (&x)[8][8]) {
-  const RowPlace<Shape> place;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    const auto* from = reinterpret_cast<const float4*>(inverse + 8 * place.vector(i));
-    const float4 low = from[0], high = from[1];
-    x[i][0] *= low.x, x[i][1] *= low.y, x[i][2] *= low.z, x[i][3] *= low.w;
-    x[i][4] *= high.x, x[i][5] *= high.y, x[i][6] *= high.z, x[i][7] *= high.w;
-  }
-}
-
 // Where 16 bytes of a row lie in a warp's part of `out`: as TMA's boxes of up to 128 channels are
 // swizzled.
 template <class Shape>
@@ -71,23 +59,20 @@ __device__ void store_some_rows(const QuantizeTensor& tensor, const Task& task, 
   __syncwarp();
 }
 
-// x, which fits e4m3's range, to memory.
+// A warp's part of `out`, when its last rows have left it.
 template <class Shape>
-__device__ void store_row(const QuantizeParams& params, const CUtensorMap& map, const Task& task,
-                          uint4* team_out, const float (&x)[8][8]) {
-  const QuantizeTensor& tensor = params.tensors[task.which];
+__device__ uint4* begin_rows(uint4* team_out) {
   const RowPlace<Shape> place;
-  uint4* out = team_out + place.warp * 128;
-  const bool first_lane = place.thread % 32 == 0;
-  if (first_lane) cute::tma_store_wait<0>();  // the last rows have left
+  if (place.thread % 32 == 0) cute::tma_store_wait<0>();
   __syncwarp();
-#pragma unroll
-  for (int c = 0; c < 4; ++c) {
-    const float (&a)[8] = x[2 * c], (&b)[8] = x[2 * c + 1];
-    out[chunk_place<Shape>(place.warp_row, 4 * place.part + c)] = {
-        to_e4m3x4(a[0], a[1], a[2], a[3]), to_e4m3x4(a[4], a[5], a[6], a[7]),
-        to_e4m3x4(b[0], b[1], b[2], b[3]), to_e4m3x4(b[4], b[5], b[6], b[7])};
-  }
+  return team_out + place.warp * 128;
+}
+
+// From there to memory.
+template <class Shape>
+__device__ void send_rows(const QuantizeTensor& tensor, const CUtensorMap& map, const Task& task,
+                          const uint4* out) {
+  const RowPlace<Shape> place;
   const int first = place.warp * Shape::kWarpRows;
   const bool packed = tensor.cu_seqlens != nullptr;
   if (packed && first + Shape::kWarpRows > task.rows) {
@@ -97,7 +82,7 @@ __device__ void store_row(const QuantizeParams& params, const CUtensorMap& map, 
   }
   cute::tma_store_fence();
   __syncwarp();
-  if (first_lane && first < task.rows) {
+  if (place.thread % 32 == 0 && first < task.rows) {
 #pragma unroll
     for (int box = 0; box < (Shape::kHeadDim + 127) / 128; ++box) {
       store_box(map, out + box * Shape::kWarpRows * 8, 128 * box, task.memory + first, task.head,
@@ -105,6 +90,36 @@ __device__ void store_row(const QuantizeParams& params, const CUtensorMap& map, 
     }
     cute::tma_store_arrive();
   }
+}
+
+// x, scaled to e4m3's range, to memory. of_channels: scales of their own, or null.
+template <class Shape>
+__device__ void store_row(const QuantizeParams& params, const CUtensorMap& map, const Task& task,
+                          uint4* team_out, float scale, const float* of_channels,
+                          const float (&x)[8][8]) {
+  uint4* out = begin_rows<Shape>(team_out);
+  const RowPlace<Shape> place;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) {
+    float a[16];
+#pragma unroll
+    for (int e = 0; e < 16; ++e) a[e] = x[2 * c + e / 8][e % 8];
+    if (of_channels != nullptr) {
+      const auto* from = reinterpret_cast<const float4*>(of_channels + 8 * place.vector(2 * c));
+#pragma unroll
+      for (int e = 0; e < 16; e += 4) {
+        const float4 of = from[e / 4];
+        a[e] *= of.x, a[e + 1] *= of.y, a[e + 2] *= of.z, a[e + 3] *= of.w;
+      }
+    } else {
+#pragma unroll
+      for (float& value : a) value *= scale;
+    }
+    out[chunk_place<Shape>(place.warp_row, 4 * place.part + c)] = {
+        to_e4m3x4(a[0], a[1], a[2], a[3]), to_e4m3x4(a[4], a[5], a[6], a[7]),
+        to_e4m3x4(a[8], a[9], a[10], a[11]), to_e4m3x4(a[12], a[13], a[14], a[15])};
+  }
+  send_rows<Shape>(params.tensors[task.which], map, task, out);
 }
 
 // The rows of the n-th task after rotary embedding, signs, Hadamard and the subtraction of K's
@@ -115,19 +130,17 @@ __device__ float transformed(const QuantizeParams& params, typename Shape::Share
   load_row<Shape>(params, shared.slot(n).task, shared.stage(n), shared.signs, x);
   shared.release_stage(n);
   float factor = 1.0f;
+  if constexpr (Shape::kMixes) return factor;  // only v comes here
   if (params.hadamard_log2 > 0 && shared.slot(n).task.which != kV) {
     hadamard<Shape>(x, params.hadamard_log2);
-    // A power of two can wait for the scale: what it makes subnormal here becomes 0 in e4m3.
-    if (params.hadamard_scale_is_exact && !shared.slot(n).task.subtracts_mean(params)) {
-      factor = params.hadamard_scale;
-    } else {
-      multiply(x, params.hadamard_scale);
-    }
+    factor = params.hadamard_scale;
   }
-  if (params.smooth_k) {
+  if (params.smooth_k && shared.slot(n).task.subtracts_mean(params)) {
+    multiply(x, factor);
+    factor = 1.0f;
     const typename Shape::Slot& slot = shared.slot(n);
-    const bool exists = RowPlace<Shape>{}.row < slot.task.rows;
-    if (exists && slot.task.subtracts_mean(params)) subtract_mean<Shape>(slot.values, x);
+    subtract_mean<Shape>(slot.values, x);
+    if (slot.task.rows < kQuantizeTokens) clear_unless(RowPlace<Shape>{}.row < slot.task.rows, x);
   }
   return factor;
 }
@@ -137,19 +150,16 @@ template <class Shape>
 __device__ void take_rows(const QuantizeParams& params, const QuantizeMaps& maps,
                           typename Shape::Shared& shared, int n) {
   float x[8][8];
-  const float factor = transformed<Shape>(params, shared, n, x);
+  float scale = transformed<Shape>(params, shared, n, x);
   typename Shape::Slot& slot = shared.slot(n);
   const QuantizeTensor& tensor = params.tensors[slot.task.which];
+  const bool by_channel = tensor.scale == ScaleKind::kChannel;
   if (slot.task.given_scale(tensor) && tensor.scale != ScaleKind::kToken) {
     if (slot.given_infinite) hide_infinities(x);
-    if (tensor.scale == ScaleKind::kChannel) {
-      scale_channels<Shape>(slot.values, x);
-    } else {
-      multiply(x, slot.inverse * factor);
-    }
+    if (!by_channel) scale *= slot.inverse;
   } else {
     bool infinite;
-    const float amax = largest_finite(x, &infinite) * factor;
+    const float amax = largest_finite(x, &infinite) * scale;
     if (slot.task.pass == QuantizePass::kAmax) {
       const RowPlace<Shape> place;
       const std::uint32_t of_warp = warp_largest(amax);
@@ -157,11 +167,11 @@ __device__ void take_rows(const QuantizeParams& params, const QuantizeMaps& maps
       if (infinite) slot.infinite = 1;
       return;
     }
-    multiply(x, own_scale<Shape>(params, slot, amax) * factor);
+    scale *= own_scale<Shape>(params, slot, amax);
   }
-  const Task& task = shared.slot(n).task;
   const int team = team_idx<Shape>();
-  store_row<Shape>(params, maps.out[task.which], task, shared.out[team], x);
+  store_row<Shape>(params, maps.out[slot.task.which], slot.task, shared.out[team], scale,
+                   by_channel ? slot.values : nullptr, x);
   shared.wrote_rows[team] = true;
 }
 

@@ -25,7 +25,7 @@ __device__ inline int unknown_zero() {
   return zero;
 }
 
-__device__ inline int thread_idx() { return threadIdx.x + unknown_zero(); }
+__device__ inline unsigned thread_idx() { return threadIdx.x + unknown_zero(); }
 
 struct Task {
   QuantizePass pass;
@@ -67,10 +67,13 @@ struct Task {
 
 // Threads work in teams, each on a tile of its own, 64 elements a thread. Two warps serve them: one
 // draws tickets and loads, the other fetches scales and publishes what was measured.
-template <int kHeadDimTile, class ElementType>
+//
+// kMixed: q's and k's Walsh-Hadamard transform begins in the tensor cores; nothing comes before it.
+template <int kHeadDimTile, class ElementType, bool kMixed>
 struct QuantizeShape {
   using Element = ElementType;
   static constexpr int kHeadDim = kHeadDimTile;
+  static constexpr bool kMixes = kMixed;
   static constexpr int kVectors = kHeadDim / 8;  // of 8 channels, 16 bytes, in a row
   static constexpr int kParts = kHeadDim / 64;   // 64 channels of all rows are a slab of TMA's
   static constexpr int kTeamThreads = 2 * kHeadDim;
@@ -103,19 +106,24 @@ struct QuantizeShape {
     EmptyBarrier task_empty[kSlots];   // so is the serving warp
     alignas(1024) uint4 stages[kStages][kParts * kQuantizeTokens * 8];
     alignas(1024) uint4 out[kTeams][kHeadDim * 8];
-    uint4 signs[kVectors];  // to be xored with 8 elements
+    uint4 signs[kVectors];           // to be xored with 8 elements
+    uint4 signs_of_lanes[kVectors];  // with a lane's elements of 4 vectors: (4 vectors, lane % 4)
     Slot slots[kSlots];
     float mean[kHeadDim];
     float token_inverse[kTeams][kQuantizeTokens];
     bool wrote_rows[kTeams];  // since the last transposed tile: TMA may still read `out`
 
+    template <unsigned kCount>
+    static __device__ unsigned at(int n) {
+      return static_cast<unsigned>(n + unknown_zero()) % kCount;
+    }
     // What belongs to a block's n-th task.
-    __device__ Slot& slot(int n) { return slots[(n + unknown_zero()) % kSlots]; }
-    __device__ uint4* stage(int n) { return stages[(n + unknown_zero()) % kStages]; }
+    __device__ Slot& slot(int n) { return slots[at<kSlots>(n)]; }
+    __device__ uint4* stage(int n) { return stages[at<kStages>(n)]; }
     // Called by every warp of the team when it has read the tile.
     __device__ void release_stage(int n) {
       __syncwarp();
-      arrive_warp(stage_empty[(n + unknown_zero()) % kStages]);
+      arrive_warp(stage_empty[at<kStages>(n)]);
     }
   };
 };

@@ -26,8 +26,7 @@ struct RegisterSplit {
 // setmaxnreg takes multiples of 8; a split shares what the block got at launch, which ptxas chooses
 // as the register file over the threads, rounded down to a multiple of 8.
 constexpr RegisterSplit register_split(int num_consumers) {
-  if (num_consumers <= 2) return {168, 24, 240};
-  return num_consumers == 3 ? RegisterSplit{128, 32, 160} : RegisterSplit{96, 32, 112};
+  return num_consumers <= 2 ? RegisterSplit{168, 24, 240} : RegisterSplit{128, 32, 160};
 }
 
 constexpr int num_threads(const ForwardConfig& config) {
@@ -78,13 +77,15 @@ constexpr bool is_packed(const ForwardConfig& config) {
 }
 
 // One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
-// and for each block to transpose, and one for each stage of V whose last rows are cleared; 8 bytes
-// each, and 16 bytes a tile slot for the tile, in packed batches 32.
+// and for each block to transpose, one for each stage of V whose last rows are cleared and for each
+// consumer's O; 8 bytes each, and 16 bytes a tile slot for the tile, in packed batches 32.
 constexpr int barrier_bytes(const ForwardConfig& config) {
   const int raw_stages = may_transpose(config) ? kRawStages : 0;
   const int tail_stages = is_packed(config) ? config.stages + config.stages % 2 : 0;  // 16 bytes
-  const int barriers =
-      2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages) + tail_stages;
+  const int outputs =
+      is_fp8(config.key.dtype) ? 0 : config.num_consumers + config.num_consumers % 2;  // likewise
+  const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages) +
+                       tail_stages + outputs;
   const int message = kTileMessageBytes + (is_packed(config) ? kTileSequenceBytes : 0);
   return barriers * 8 + kTileSlots * message;
 }
@@ -94,17 +95,24 @@ constexpr int round_up(int value, int multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
-// O leaves through shared memory. It has its own where there is room, so that the next tile's Q can
-// arrive while O leaves; else a consumer's O overwrites that consumer's Q, or, where V comes
-// transposed, the buffers in which it would be.
-constexpr bool o_overlays_q(const ForwardConfig& config) {
+// O leaves through shared memory. It has its own where there is room, so that the next tile's loads
+// can arrive while O leaves. Else it overwrites V in 16 bits: the next tile's first product and
+// softmax need Q and K alone. In e4m3, where V is half as large as O, a consumer's O overwrites
+// that consumer's Q, or, where V comes transposed, the buffers in which it would be.
+constexpr bool o_overlays(const ForwardConfig& config) {
   const int separate = kv_bytes(config) + q_bytes(config) + o_bytes(config);
   return round_up(separate + barrier_bytes(config), kSharedAlignment) > kMaxSharedBytes;
+}
+constexpr bool o_overlays_v(const ForwardConfig& config) {
+  return !is_fp8(config.key.dtype) && o_overlays(config);
+}
+constexpr bool o_overlays_q(const ForwardConfig& config) {
+  return is_fp8(config.key.dtype) && o_overlays(config);
 }
 
 constexpr int shared_bytes(const ForwardConfig& config) {
   const int tensors =
-      kv_bytes(config) + q_bytes(config) + (o_overlays_q(config) ? 0 : o_bytes(config));
+      kv_bytes(config) + q_bytes(config) + (o_overlays(config) ? 0 : o_bytes(config));
   return round_up(tensors + barrier_bytes(config), kSharedAlignment);
 }
 
@@ -134,7 +142,7 @@ constexpr int fragment_registers(const ForwardConfig& config) {
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const ForwardConfig& config) {
   const RegisterSplit split = register_split(config.num_consumers);
-  if (config.num_consumers < 2 || config.num_consumers > 4) return "2 to 4 consumers";
+  if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
   if (config.tile_n % 16 != 0 || config.tile_n > 256)
     return "tile_n: a multiple of 16, at most 256";
   const bool fp8 = is_fp8(config.key.dtype);
@@ -142,6 +150,7 @@ constexpr const char* config_error(const ForwardConfig& config) {
   const bool fp8_choice =
       config.v_parts != 1 || !config.overlap_products || config.exp2_by_fma != 0;
   if (!fp8 && fp8_choice) return "a choice of e4m3 alone";
+  if (fp8 && config.late_rescale) return "a choice of 16 bits alone";
   if (config.exp2_by_fma < 0 || config.exp2_by_fma > config.tile_n / 4)
     return "exp2_by_fma: 0 to the exponentials of a row in a thread";
   if (config.ping_pong && config.exp_turns) return "one kind of turns";

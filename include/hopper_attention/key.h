@@ -16,7 +16,9 @@ constexpr int element_bytes(Dtype dtype) { return is_fp8(dtype) ? 1 : 2; }
 // In e4m3 kFull also means that V is stored transposed and no scale belongs to a single key.
 // kPacked: kMasked for packed batches, whose lengths lie on the device.
 // kCapped: kMasked and kPacked with a soft cap; of the backward pass only, where they do without.
-enum class MaskKind : int { kFull = 0, kMasked = 1, kPacked = 2, kCapped = 3 };
+// kShort: kMasked for rows that see few keys, short sequences and narrow windows; of the forward
+// pass only.
+enum class MaskKind : int { kFull = 0, kMasked = 1, kPacked = 2, kCapped = 3, kShort = 4 };
 
 struct ForwardKey {
   Dtype dtype;
@@ -36,7 +38,7 @@ constexpr const char* name_of(Dtype dtype) {
 }
 
 constexpr const char* name_of(MaskKind mask) {
-  constexpr const char* kNames[] = {"full", "masked", "packed", "capped"};
+  constexpr const char* kNames[] = {"full", "masked", "packed", "capped", "short"};
   return kNames[static_cast<int>(mask)];
 }
 

@@ -38,6 +38,11 @@ struct Mask {
     const int row = key - seqlen_k + seqlen_q + window_left + 1;
     return row < seqlen_q ? (row > 0 ? row : 0) : seqlen_q;
   }
+  // The most keys that a row sees, or a little more. Lengths are small enough for the sum.
+  constexpr int most_keys() const {
+    const int width = window_left + 1 + window_right;
+    return width < seqlen_k ? width : seqlen_k;
+  }
   constexpr bool full() const { return window_left >= seqlen_k && window_right >= seqlen_q; }
 };
 

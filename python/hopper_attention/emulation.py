@@ -82,6 +82,13 @@ class Mask:
         """Whether every row sees every key."""
         return self.left is None and self.right is None
 
+    @property
+    def most_keys(self) -> int:
+        """The most keys that a row sees, or a little more."""
+        left = self.seqlen_k if self.left is None else self.left
+        right = self.seqlen_q if self.right is None else self.right
+        return min(self.seqlen_k, left + 1 + right)
+
     def first_key(self, row: int) -> int:
         """The first key that row sees."""
         if self.left is None:
@@ -197,7 +204,9 @@ def attention(
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
     if tile is None:
         masked = not mask.full or softcap > 0 or scale <= 0
-        tile = kernel_tile(q.dtype, head_dim, head_dim_v, k.shape[1], masked=masked)
+        tile = kernel_tile(
+            q.dtype, head_dim, head_dim_v, seqlen_k, masked=masked, row_keys=mask.most_keys
+        )
     elif len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile must be (tile_m, tile_n), both 1 or more, got {tile}")
 
@@ -229,7 +238,13 @@ def attention(
 
 
 def kernel_tile(
-    dtype: torch.dtype | str, head_dim: int, head_dim_v: int, seqlen_k: int, *, masked: bool
+    dtype: torch.dtype | str,
+    head_dim: int,
+    head_dim_v: int,
+    seqlen_k: int,
+    *,
+    masked: bool,
+    row_keys: int | None = None,
 ) -> tuple[int, int]:
     """(tile_m, tile_n) of the kernel that runs these head dimensions: the smallest that holds them.
 
@@ -238,13 +253,15 @@ def kernel_tile(
         head_dim: of q and k.
         head_dim_v: of v.
         seqlen_k: keys. Some kernels without a mask leave problems with few keys to the masked one.
-        masked: the kernel for masks, soft caps and scales that are not positive.
+        masked: a kernel for masks, soft caps and scales that are not positive.
+        row_keys: the most keys that a row sees; None is seqlen_k. Where masked rows see few, some
+            head dimensions have a kernel of narrower blocks.
 
     Raises:
         ValueError: no kernel holds them.
         RuntimeError: the kernels' tiles were not written when this was installed.
     """
-    row = kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=masked)
+    row = kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=masked, row_keys=row_keys)
     return row["tile_m"], row["tile_n"]
 
 
@@ -256,26 +273,29 @@ def kernel_row(
     *,
     masked: bool,
     packed: bool = False,
+    row_keys: int | None = None,
 ) -> dict[str, Any]:
     """The row of tiles.json that `kernel_tile` finds; with `packed` that of packed batches."""
-    name, kind = str(dtype).removeprefix("torch."), "masked" if masked else "full"
-    kind = "packed" if packed else kind
+    row_keys = seqlen_k if row_keys is None else row_keys
+    name = str(dtype).removeprefix("torch.")
+    kinds = ("packed",) if packed else ("short", "masked") if masked else ("full",)
     rows = [
         row
         for row in _tiles()
         if row["dtype"] == name
-        and row["mask"] == kind
+        and row["mask"] in kinds
         and row["head_dim"] >= head_dim
         and row["head_dim_v"] >= head_dim_v
+        and row_keys <= row["max_row_keys"]
     ]
     if not rows:
         raise ValueError(
             f"no kernel for {dtype} holds head dimensions {head_dim} of q and k and {head_dim_v} "
             "of v: pass tile=(tile_m, tile_n)"
         )
-    row = min(rows, key=lambda row: (row["head_dim"], row["head_dim_v"]))
+    row = min(rows, key=lambda row: (row["head_dim"], row["head_dim_v"], row["max_row_keys"]))
     if seqlen_k < row["min_keys"]:
-        return kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=True)
+        return kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=True, row_keys=row_keys)
     return row
 
 

@@ -6,7 +6,9 @@ For each group of elements that share a scale (`recipe.Fp8Recipe` says which do)
     descale = amax / 448                        1 where the group has no finite element but zeros
     x_q     = round to e4m3(x * (448 / amax))   nearest even; magnitudes above 448 become 448
 
-so that x is about x_q * descale. All of it is float32. NaN and infinities become e4m3's NaN.
+so that x is about x_q * descale. All of it is float32. NaN and infinities become e4m3's NaN. Where
+x is a factor times the sums of a Walsh-Hadamard transform, 448 / amax is multiplied by the factor,
+and each sum by that, so that an element is multiplied once.
 
 Before that Q and K get their rotary embedding, are rotated (`rotation.py`), and K's mean over the
 tokens is subtracted, each only where asked for. With v_scale="token", a token t of V has a descale
@@ -28,7 +30,7 @@ import torch
 
 from . import checks
 from .recipe import E4M3_MAX, QK_BLOCK_TOKENS, Fp8Recipe
-from .rotation import apply_rotary, rotate
+from .rotation import apply_rotary, hadamard_scale, rotated_sums
 from .v_layout import transpose_v
 
 _LEAST_AMAX = 2.0**-100  # descale stays a normal number, and so does its inverse
@@ -185,15 +187,18 @@ def _quantize(
     if rotary is not None:
         qs = [rotary.apply(q, rotary.offset_q) for q in qs]
         ks = [rotary.apply(k, 0) for k in ks]
+    q_factor = k_factor = 1.0
     if recipe.hadamard:
-        qs = [rotate(q, recipe.seed) for q in qs]
-        ks = [rotate(k, recipe.seed) for k in ks]
+        q_factor = k_factor = hadamard_scale(qs[0].shape[-1])
+        qs = [rotated_sums(q, recipe.seed) for q in qs]
+        ks = [rotated_sums(k, recipe.seed) for k in ks]
     means = None
     if recipe.smooth_k:
+        ks, k_factor = [k.float() * k_factor for k in ks], 1.0
         means = [token_mean(k) for k in ks]
-        ks = [k.float() - mean[:, None] for k, mean in zip(ks, means, strict=True)]
-    q_e4m3, q_descales = _by_tokens(qs, recipe.qk_scale)
-    k_e4m3, k_descales = _by_tokens(ks, recipe.qk_scale)
+        ks = [k - mean[:, None] for k, mean in zip(ks, means, strict=True)]
+    q_e4m3, q_descales = _by_tokens(qs, recipe.qk_scale, q_factor)
+    k_e4m3, k_descales = _by_tokens(ks, recipe.qk_scale, k_factor)
     factors = None
     if recipe.v_scale == "token":
         v_e4m3, v_descales, factors = _by_v_token(vs)
@@ -234,12 +239,12 @@ def token_mean(k: torch.Tensor) -> torch.Tensor:
 
 
 def _by_tokens(
-    parts: Sequence[torch.Tensor], granularity: str
+    parts: Sequence[torch.Tensor], granularity: str, factor: float = 1.0
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """e4m3 and (batch, heads, n) descales of each part, for scales that channels share."""
+    """e4m3 and (batch, heads, n) descales of factor times each part; channels share a scale."""
     amaxes = []
     for x in parts:
-        magnitudes = _finite_magnitudes(x).amax(3)  # (batch, seqlen, heads)
+        magnitudes = _finite_magnitudes(x).amax(3) * factor  # (batch, seqlen, heads)
         amaxes.append(_group_maximum(magnitudes.transpose(1, 2), granularity))
     if granularity == "tensor":
         whole = torch.stack(
@@ -250,7 +255,7 @@ def _by_tokens(
     for x, amax in zip(parts, amaxes, strict=True):
         tokens = {"block": QK_BLOCK_TOKENS, "token": 1}.get(granularity, max(1, x.shape[1]))
         of_token = amax.repeat_interleave(tokens, 2)[:, :, : x.shape[1]]
-        quantized.append(_to_e4m3(x, of_token.transpose(1, 2)[..., None]))
+        quantized.append(_to_e4m3(x, of_token.transpose(1, 2)[..., None], factor))
     return quantized, [_descale(amax) for amax in amaxes]
 
 
@@ -301,11 +306,12 @@ def _descale(amax: torch.Tensor) -> torch.Tensor:
     return torch.where(amax > 0, amax.clamp_min(_LEAST_AMAX) / E4M3_MAX, 1.0)
 
 
-def _to_e4m3(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+def _to_e4m3(x: torch.Tensor, amax: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """Factor times x in e4m3; amax is its largest magnitude."""
     x = x.float()
     # A tensor divides a tensor: PyTorch turns a number over a tensor into a reciprocal's multiple.
     scale = torch.full_like(amax, E4M3_MAX) / amax.clamp_min(_LEAST_AMAX)
-    scaled = (x * torch.where(amax > 0, scale, 1.0)).clamp(-E4M3_MAX, E4M3_MAX)
+    scaled = (x * (torch.where(amax > 0, scale, 1.0) * factor)).clamp(-E4M3_MAX, E4M3_MAX)
     return torch.where(x.isfinite(), scaled, torch.nan).to(torch.float8_e4m3fn)
 
 

@@ -283,6 +283,21 @@ def test_zeros_subnormal_and_huge(size, recipe):
         assert (descale >= torch.finfo(torch.float32).tiny).all()
 
 
+@DTYPES
+@pytest.mark.parametrize("head_dim", [16, 64, 96, 128, 256])
+def test_the_sums_of_unlike_sizes(head_dim, dtype):
+    # In a sum of 16 terms the tensor cores cut those that are small beside the largest; zeros of
+    # either sign count for nothing
+    def unlike(x):
+        factors = torch.exp2(torch.randint(-10, 10, x.shape, device=DEVICE).float())
+        zeros = torch.rand(x.shape, device=DEVICE) < 0.3
+        return (x.float() * factors).masked_fill(zeros, -0.0).to(dtype)
+
+    q, k, v = (unlike(x) for x in random_qkv(head_dim=head_dim, dtype=dtype))
+    check(q, k, v, Fp8Recipe(qk_scale="token"))
+    check(q, k, v, Fp8Recipe())
+
+
 def test_one_step_of_every_size():
     # All 65,536 numbers of each dtype, as they are: no rotation, a scale of 1
     for dtype in (torch.float16, torch.bfloat16):

@@ -41,7 +41,9 @@ void rows_see_what_the_definition_says(const Case& c, const Mask& mask) {
       all = all && seen;
     }
     CHECK(mask.first_key(row) >= 0 && mask.end_key(row) <= c.seqlen_k);
+    CHECK(mask.end_key(row) - mask.first_key(row) <= mask.most_keys());
   }
+  CHECK(mask.most_keys() <= c.seqlen_k);
   // full() chooses the kernel without a mask, so it must be exact in this direction.
   if (mask.full()) CHECK(all);
 }

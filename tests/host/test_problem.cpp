@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <tuple>
 
 #include "check.h"
 #include "forward/problem.h"
@@ -195,6 +196,22 @@ void plain_scores_take_the_kernel_without_a_mask() {
   args.causal = 1;
   plan = plan_of(args);
   CHECK(plan.key.mask == MaskKind::kMasked && !plan.transform_scores && plan.order.longest_first);
+
+  for (const auto& [seqlen, left, mask] : {std::tuple{1024, -1, MaskKind::kShort},
+                                           {1025, -1, MaskKind::kMasked},
+                                           {5000, 1023, MaskKind::kShort},
+                                           {5000, 1024, MaskKind::kMasked}}) {
+    check::context = "d64, window " + std::to_string(left) + " of " + std::to_string(seqlen);
+    args = valid_args();
+    args.head_dim = args.head_dim_v = 64;
+    args.seqlen_q = args.seqlen_k = seqlen;
+    args.causal = 1;
+    args.window_left = left;
+    CHECK(plan_of(args).key.mask == mask);
+    args.causal = 0;
+    args.window_left = -1;
+    CHECK(plan_of(args).key.mask == MaskKind::kFull);
+  }
 
   check::context = "softcap";
   args = valid_args();

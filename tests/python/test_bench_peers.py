@@ -160,7 +160,7 @@ def test_the_hosts_clock_does_not_wait_between_calls(fake_cuda):
 def test_ceilings_are_medians_over_all_measurements(monkeypatch):
     monkeypatch.setattr(timing, "_MATMUL_SIZE", 64)
     monkeypatch.setattr(timing, "_COPY_BYTES", 1 << 12)
-    times = iter([[1.0] * 5, [2.0] * 5, [1.5] * 6, [1.0] * 6])
+    times = iter([[x] * n for x, n in ((1, 5), (4, 5), (2, 5), (1.5, 6), (8, 6), (1, 6))])
 
     class Clock:
         def batch(self, run, count):
@@ -176,4 +176,5 @@ def test_ceilings_are_medians_over_all_measurements(monkeypatch):
     ceilings.measure()
     found = ceilings.result()
     assert found["matmul_bf16_tflops"] == round(2 * 64**3 / 1.5e-3 / 1e12, 1)
+    assert found["matmul_fp16_tflops"] == round(2 * 64**3 / 8e-3 / 1e12, 1)
     assert found["copy_gbps"] == round(2 * 4096 / 1e-3 / 1e9, 1)

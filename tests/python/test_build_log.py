@@ -47,7 +47,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
     "e4m3fast_d256_masked": TRANSPOSING,
-    "quantize": "the task's number and addresses, read a few times for 64 elements a thread",
+    "quantize": "the task's number, or one of a thread's 64 elements where it finds the largest",
 }
 # Kernels that multiply no matrices, with the log of each.
 OTHER_KERNELS = {

@@ -23,6 +23,7 @@ TILES = [
         "tile_m": m,
         "tile_n": n,
         "min_keys": keys,
+        "max_row_keys": 1024 if mask == "short" else 2**30 - 1,
     }
     for d in ("float16", "bfloat16")
     for qk, v, mask, m, n, keys in (
@@ -32,6 +33,8 @@ TILES = [
         (128, 128, "full", 128, 176, 4097),
         (128, 128, "masked", 128, 96, 0),
         (64, 64, "full", 192, 128, 0),
+        (64, 64, "masked", 192, 112, 0),
+        (64, 64, "short", 192, 64, 0),
     )
 ]
 
@@ -281,25 +284,49 @@ def test_tile_is_the_smallest_that_holds_the_head_dims(dtype, head_dims, masked,
 
 @pytest.mark.usefixtures("tiles_file")
 @pytest.mark.parametrize(
-    "arguments, masked",
+    "arguments, masked, row_keys",
     [
-        ({}, False),
-        ({"causal": True}, True),
-        ({"window_size": (3, -1)}, True),
-        ({"window_size": (300, 300)}, False),
-        ({"softcap": 1.0}, True),
-        ({"softmax_scale": -1.0}, True),
-        ({"softmax_scale": 0.0}, True),
+        ({}, False, 30),
+        ({"causal": True}, True, 30),
+        ({"window_size": (3, -1)}, True, 30),
+        ({"window_size": (3, 2)}, True, 6),
+        ({"window_size": (3, 2), "causal": True}, True, 4),
+        ({"window_size": (300, 300)}, False, 30),
+        ({"softcap": 1.0}, True, 30),
+        ({"softmax_scale": -1.0}, True, 30),
+        ({"softmax_scale": 0.0}, True, 30),
     ],
 )
-def test_attention_asks_for_the_kernels_tile(monkeypatch, arguments, masked):
+def test_attention_asks_for_the_kernels_tile(monkeypatch, arguments, masked, row_keys):
     asked = []
-    monkeypatch.setattr(
-        emulation, "kernel_tile", lambda *args, masked: asked.append((*args, masked)) or (64, 64)
-    )
+
+    def kernel_tile(*args, masked, row_keys):
+        asked.append((*args, masked, row_keys))
+        return 64, 64
+
+    monkeypatch.setattr(emulation, "kernel_tile", kernel_tile)
     q, k, v = random_qkv(torch.float16, seqlen_q=30, seqlen_k=30)
     emulation.attention(q, k, v, **arguments)
-    assert asked == [(torch.float16, 64, 64, 30, masked)]
+    assert asked == [(torch.float16, 64, 64, 30, masked, row_keys)]
+
+
+@pytest.mark.usefixtures("tiles_file")
+@pytest.mark.parametrize(
+    "keys, row_keys, tile_n",
+    [(1024, None, 64), (1025, None, 112), (9000, 1024, 64), (9000, 1025, 112)],
+)
+def test_rows_that_see_few_keys_run_in_the_kernel_of_narrow_blocks(keys, row_keys, tile_n):
+    tile = emulation.kernel_tile(torch.float16, 64, 64, keys, masked=True, row_keys=row_keys)
+    assert tile == (192, tile_n)
+    assert emulation.kernel_tile(torch.float16, 64, 64, keys, masked=False) == (192, 128)
+
+
+@pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (0, 0), (3, 2), (40, -1), (5, 9)])
+@pytest.mark.parametrize("seqlens", [(1, 1), (7, 30), (30, 7), (20, 20)])
+def test_most_keys_holds_every_row(left, right, seqlens):
+    mask = emulation.Mask.make(*seqlens, False, left, right)
+    widths = [mask.end_key(row) - mask.first_key(row) for row in range(seqlens[0])]
+    assert max(widths) <= mask.most_keys <= seqlens[1]
 
 
 @pytest.mark.usefixtures("tiles_file")

@@ -140,6 +140,7 @@ def test_the_kernel_is_the_one_that_would_run(monkeypatch):
             "tile_m": 128,
             "tile_n": tile_n,
             "min_keys": 0,
+            "max_row_keys": 2**30 - 1,
             "sums_by_ones": ones,
             "slack": 0.5 if ones else 0.0,
             "offset": 7,

@@ -46,6 +46,7 @@ NAMES = [
     "backward_deterministic",
     "backward_shapes",
     "backward_rmse",
+    "dtypes",
     "evidence",
     "study",
     "varlen_forward",

@@ -161,7 +161,7 @@ def test_the_rotation_cancels_in_the_scores():
     exact = q.double().transpose(1, 2) @ k.double().transpose(1, 2).mT
     turned = [rotate(x, seed=3).double().transpose(1, 2) for x in (q, k)]
     torch.testing.assert_close(turned[0] @ turned[1].mT, exact, rtol=0, atol=1e-4)
-    by_hand = hadamard(q.float() * signs(96, 3))
+    by_hand = hadamard(q * signs(96, 3).to(q.dtype))
     assert torch.equal(rotate(q, seed=3), by_hand)
 
 

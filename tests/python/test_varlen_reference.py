@@ -113,6 +113,7 @@ def test_wrong_arguments_without_sequences():
 def tiles_file(tmp_path, monkeypatch):
     """Tiles that differ by kind of kernel."""
     common = {"dtype": "bfloat16", "head_dim": 64, "head_dim_v": 64, "min_keys": 0}
+    common["max_row_keys"] = 2**30 - 1
     kinds = (("full", 64, 48), ("masked", 32, 16), ("packed", 16, 32))
     rows = [common | {"mask": kind, "tile_m": m, "tile_n": n} for kind, m, n in kinds]
     (tmp_path / "tiles.json").write_text(json.dumps(rows))

@@ -8,6 +8,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -148,16 +149,15 @@ class Ceilings:
         """
         self._clock = clock
         self._device = device
-        self._matmul_ms: list[float] = []
+        self._matmul_ms: dict[str, list[float]] = {"bf16": [], "fp16": []}
         self._copy_ms: list[float] = []
 
     def measure(self, reps: int = 10) -> None:
         """Adds reps timed matrix products and copies to the measurements."""
         size = (_MATMUL_SIZE, _MATMUL_SIZE)
-        left, right = (
-            torch.randn(size, device=self._device, dtype=torch.bfloat16) for _ in range(2)
-        )
-        self._matmul_ms += self._batch(lambda: left @ right, reps)
+        for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            pair = [torch.randn(size, device=self._device, dtype=dtype) for _ in range(2)]
+            self._matmul_ms[name] += self._batch(partial(torch.matmul, *pair), reps)
         source = torch.empty(_COPY_BYTES, device=self._device, dtype=torch.uint8).random_()
         target = torch.empty_like(source)
         self._copy_ms += self._batch(lambda: target.copy_(source), reps)
@@ -170,15 +170,19 @@ class Ceilings:
         """Computes the ceilings.
 
         Returns:
-            ``matmul_bf16_tflops``, the median rate of an 8192 x 8192 x 8192 bfloat16 matrix
-            product of normal values; ``copy_gbps``, bytes read plus written a second, in 1e9, of a
-            2 GiB copy. Empty before the first measurement.
+            ``matmul_bf16_tflops`` and ``matmul_fp16_tflops``, the median rates of an 8192 x 8192 x
+            8192 matrix product of normal values; ``copy_gbps``, bytes read plus written a second,
+            in 1e9, of a 2 GiB copy. Empty before the first measurement.
         """
-        if not self._matmul_ms:
+        if not self._copy_ms:
             return {}
-        product_ms = statistics.median(self._matmul_ms)
         copy_ms = statistics.median(self._copy_ms)
         return {
-            "matmul_bf16_tflops": round(2.0 * _MATMUL_SIZE**3 / product_ms * 1e-9, 1),
+            **{
+                f"matmul_{name}_tflops": round(
+                    2.0 * _MATMUL_SIZE**3 / statistics.median(times) * 1e-9, 1
+                )
+                for name, times in self._matmul_ms.items()
+            },
             "copy_gbps": round(2.0 * _COPY_BYTES / copy_ms * 1e-6, 1),
         }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hopper_attention.tune.rules import Instance, Rules
 
 _LENGTHS = "512,2048,16384"
+_SHORT_LENGTHS = "256,512,1024"
 
 
 def tune(
@@ -41,7 +42,14 @@ def tune(
             "combination. Without it, the neighbourhood of the chosen config.",
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(metavar="N,N,...", help="Sequence lengths.")] = _LENGTHS,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N,N,...",
+            help=f"Sequence lengths; by default {_LENGTHS}, of a kernel for few keys "
+            f"{_SHORT_LENGTHS}.",
+        ),
+    ] = None,
     mask: Annotated[
         str | None,
         typer.Option(help="full or causal; by default causal for a masked kernel."),
@@ -129,11 +137,13 @@ def _find(rules: Rules, name: str) -> Instance:
     return rules.instances[name]
 
 
-def _shapes(row: Instance, lengths: str, mask: str | None) -> list[Shape]:
+def _shapes(row: Instance, lengths: str | None, mask: str | None) -> list[Shape]:
     from hopper_attention.tune.run import problems
 
     if mask not in (None, "full", "causal"):
         raise typer.BadParameter(f"mask is {mask!r}; allowed: full, causal", param_hint="--mask")
+    if lengths is None:
+        lengths = _SHORT_LENGTHS if row.mask == "short" else _LENGTHS
     try:
         numbers = [int(text) for text in lengths.split(",")]
     except ValueError:

@@ -38,7 +38,7 @@ class Instance:
         dtype: As the C++ side names it, a torch dtype's name where there is one.
         head_dim: Columns of Q and K.
         head_dim_v: Columns of V.
-        mask: "full", "masked" or "packed".
+        mask: "full", "masked", "packed" or "short".
         chosen: What config.h chooses.
     """
 
@@ -145,7 +145,7 @@ class Rules:
             return [False, True]
         if isinstance(chosen, str):
             return list(self.schedules)
-        ranges = {"tile_n": range(16, 257, 16), "stages": range(2, 5), "num_consumers": range(2, 5)}
+        ranges = {"tile_n": range(16, 257, 16), "stages": range(2, 7), "num_consumers": range(2, 4)}
         return list(ranges.get(field, range(1, 5)))
 
     def _compile(self, source: Path, folder: Path) -> None:
