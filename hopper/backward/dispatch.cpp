@@ -93,11 +93,11 @@ Status encode_descriptors(const hopper_attention_backward_args& a, const Backwar
       {"dk",
        &params->dk,
        {a.dk, d, s_k, h_kv, b, a.dk_stride_seq, a.dk_stride_head, a.dk_stride_batch},
-       {slab_k, kConsumerRows}},
+       {slab_k, gradient_rows(plan.config)}},
       {"dv",
        &params->dv,
        {a.dv, d_v, s_k, h_kv, b, a.dv_stride_seq, a.dv_stride_head, a.dv_stride_batch},
-       {slab_v, kConsumerRows}},
+       {slab_v, gradient_rows(plan.config)}},
   };
   const bool ragged = is_ragged(plan.config);
   for (const auto& m : maps) {

@@ -1,6 +1,7 @@
 // dK and dV of one consumer's keys: registers, 16 bits, shared memory, TMA.
 #pragma once
 
+#include "backward/halves_mma.cuh"
 #include "backward/late_mma.cuh"
 #include "backward/paired_mma.cuh"
 
@@ -24,6 +25,17 @@ CUTE_DEVICE GradientPlace gradient_place(KeyTile const& tile,
     return {now.dk, row, now.head_kv, now.wrap, now.seqlen_k - row};
   } else {
     return {tile.k, tile.n_block * Traits::kTileN, tile.head_kv, 0, Traits::kTileN};
+  }
+}
+
+template <class Traits, class Element>
+CUTE_DEVICE void store_slab(CUtensorMap const& map, Element const* from, int column, int row,
+                            GradientPlace const& place) {
+  if constexpr (Traits::kRagged) {
+    cute::SM90_TMA_STORE_5D::copy(&map, from, column, row, place.head, place.origin.shift,
+                                  place.wrap);
+  } else {
+    cute::SM90_TMA_STORE_4D::copy(&map, from, column, row, place.head, place.origin.shift);
   }
 }
 
@@ -60,11 +72,7 @@ CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Ele
   CUTE_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
     const Element* from = buffer + column * kRows + part * kConsumerRows * kSlab;
-    if constexpr (Traits::kRagged) {
-      SM90_TMA_STORE_5D::copy(&map, from, column, row, place.head, place.origin.shift, place.wrap);
-    } else {
-      SM90_TMA_STORE_4D::copy(&map, from, column, row, place.head, place.origin.shift);
-    }
+    store_slab<Traits>(map, from, column, row, place);
   }
   tma_store_arrive();
 }
@@ -87,6 +95,47 @@ CUTE_DEVICE void store_dk(BackwardParams const& params, KeyTile const& tile,
   store_gradient<Traits, typename Traits::LayoutK, Traits::kSlabK, Traits::kHeadDim>(
       params.dk, typename Traits::MmaDk{}, shared.k, rdK, params.softmax_scale,
       gradient_place<Traits>(tile, shared), consumer, part, thread);
+}
+
+// All keys of a gradient that one of two consumers in halves has, transposed: (columns x keys).
+template <class Traits, bool kValues, class Gradient>
+CUTE_DEVICE void store_half(BackwardParams const& params, KeyTile const& tile,
+                            typename Traits::SharedStorage& shared, int thread,
+                            Gradient& gradient) {
+  using namespace cute;
+  using Element = typename Traits::Element;
+  using Half = HalvesTraits<Traits>;
+  constexpr int kRows = Traits::kTileN;
+  constexpr int kColumns = kValues ? Traits::kHeadDimV : Traits::kHeadDim;
+  constexpr int kSlab = kValues ? Traits::kSlabV : Traits::kSlabK;
+  Element* const buffer = kValues ? shared.v : shared.k;
+  const GradientPlace place = gradient_place<Traits>(tile, shared);
+  const float scale = kValues ? 1.0f : params.softmax_scale;
+  const int first_key = thread % 4 * 2;
+  CUTE_UNROLL
+  for (int i = 0; i < decltype(size(gradient))::value; ++i) {
+    // Tiles of 64 columns lie one after the other in the fragment.
+    const int key = fragment_column(i % (kRows / 2)) + first_key;
+    gradient(i) = Traits::kRagged && key >= place.used ? 0.0f : gradient(i) * scale;
+  }
+  Tensor rounded = make_tensor<Element>(gradient.layout());
+  convert_fragment<Element>(gradient, rounded);
+  using LayoutStored =
+      cute::conditional_t<kValues, typename Half::LayoutDvt, typename Half::LayoutDkt>;
+  Tensor stored = make_tensor(make_smem_ptr(buffer), LayoutStored{});
+  auto copy_out =
+      make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, typename Half::MmaGradient{});
+  auto thread_copy = copy_out.get_thread_slice(thread);
+  copy(copy_out, thread_copy.retile_S(rounded), thread_copy.partition_D(stored));
+  tma_store_fence();  // what TMA reads was written by ordinary stores
+  sync_consumer(kValues ? 0 : 1);
+  if (thread != 0) return;
+  CUTE_UNROLL
+  for (int column = 0; column < kColumns; column += kSlab) {
+    store_slab<Traits>(kValues ? params.dv : params.dk, buffer + column * kRows, column,
+                       place.origin.row + place.row, place);
+  }
+  tma_store_arrive();
 }
 
 }  // namespace hopper_attention

@@ -43,11 +43,26 @@ CUTE_DEVICE auto make_dv() {
   return cute::partition_fragment_C(typename Traits::MmaDv{}, Shape{});
 }
 
+template <class Traits, bool kValues>
+CUTE_DEVICE void consume_half(BackwardParams const& params, KeyTile const& tile,
+                              typename Traits::SharedStorage& shared, int thread) {
+  auto gradient = make_half_gradient<Traits, kValues>();
+  accumulate_half<Traits, kValues>(params, tile, shared, thread, gradient);
+  sync_consumers(Traits::kConsumers);
+  store_half<Traits, kValues>(params, tile, shared, thread, gradient);
+}
+
 template <class Traits>
 CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
                          typename Traits::SharedStorage& shared, int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
-  if constexpr (!Traits::kPaired) {
+  if constexpr (Traits::kHalves) {
+    if (consumer == 0) {
+      consume_half<Traits, true>(params, tile, shared, thread);
+    } else {
+      consume_half<Traits, false>(params, tile, shared, thread);
+    }
+  } else if constexpr (!Traits::kPaired) {
     auto rdK = make_dk<Traits>();
     auto rdV = make_dv<Traits>();
     if constexpr (Traits::kLateDq) {

@@ -29,8 +29,8 @@ struct BackwardParams {
   CUtensorMap dout;  // (head_dim_v, seqlen_q, heads, batch), boxes of one slab x tile_m
   CUtensorMap k;     // (head_dim, seqlen_k, heads_kv, batch), boxes of one slab x tile_n
   CUtensorMap v;     // (head_dim_v, seqlen_k, heads_kv, batch), boxes of one slab x tile_n
-  CUtensorMap dk;    // as k, boxes of one slab x kConsumerRows
-  CUtensorMap dv;    // as v, boxes of one slab x kConsumerRows
+  CUtensorMap dk;    // as k, boxes of one slab x gradient_rows
+  CUtensorMap dv;    // as v, boxes of one slab x gradient_rows
   BackwardWorkspace workspace;
 
   Mask mask;

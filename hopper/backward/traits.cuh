@@ -1,9 +1,9 @@
 // Everything that a backward config settles at compile time: layouts, MMA atoms, shared storage.
 //
-// All products have K's rows, the keys, or dQ's as the tile's M. With a block's keys as rows, P and
-// dS come out of S^T = K Q^T and dP^T = V dO^T as the register operands of dV = P^T dO and
-// dK = dS^T Q; only dQ = dS K, which sums over the keys of all consumers, reads dS from shared
-// memory.
+// All products have K's rows, the keys, or dQ's as the tile's M; those of halves_mma.cuh have
+// others. With a block's keys as rows, P and dS come out of S^T = K Q^T and dP^T = V dO^T as the
+// register operands of dV = P^T dO and dK = dS^T Q; only dQ = dS K, which sums over the keys of all
+// consumers, reads dS from shared memory.
 #pragma once
 
 #include <cute/atom/mma_atom.hpp>
@@ -51,6 +51,7 @@ struct BackwardTraits {
   static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
   static constexpr bool kLateDq = kConfig.late_dq;
   static constexpr bool kPaired = is_paired(kConfig);
+  static constexpr bool kHalves = in_halves(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
   static constexpr bool kDqBulk = kConfig.dq_path == DqPath::kBulk;
@@ -169,7 +170,8 @@ struct BackwardTraits {
     Element q[kStages][kQElements];
     Element dout[kStages][kDoElements];
     Element ds[kDsStages][kDsElements];
-    float dq[dq_bytes(kConfig) / sizeof(float)];  // a consumer's after the other
+    Element p16[kHalves ? kDsStages : 0][kDsElements];  // P, as ds
+    float dq[dq_bytes(kConfig) / sizeof(float)];        // a consumer's after the other
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
     float delta[kStages][kTileM];

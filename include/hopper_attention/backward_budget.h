@@ -13,6 +13,11 @@ constexpr int num_threads(const BackwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
 constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
+constexpr bool in_halves(const BackwardConfig& config) { return config.roles == Roles::kHalves; }
+// Keys of dK and dV that one consumer stores.
+constexpr int gradient_rows(const BackwardConfig& config) {
+  return in_halves(config) ? config.tile_n : kConsumerRows;
+}
 
 // Columns of one slab of K. dQ by columns reads K in pieces of whole slabs.
 constexpr int key_slab_columns(const BackwardConfig& config) {
@@ -43,6 +48,10 @@ constexpr int dq_bytes(const BackwardConfig& config) {
 constexpr int p_bytes(const BackwardConfig& config) {
   return is_paired(config) ? config.tile_m * config.tile_n * 4 : kNoBufferBytes;
 }
+// P in 16 bits, as many buffers as of dS.
+constexpr int p16_bytes(const BackwardConfig& config) {
+  return in_halves(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
+}
 // LSE and delta of each stage's rows.
 constexpr int statistics_bytes(const BackwardConfig& config) {
   return 2 * config.stages * config.tile_m * 4;
@@ -60,20 +69,25 @@ constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config
 constexpr int shared_bytes(const BackwardConfig& config) {
   const int tensors = key_bytes(config) + config.stages * query_stage_bytes(config) +
                       config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
-                      p_bytes(config);
+                      p_bytes(config) + p16_bytes(config);
   return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
                   kSharedAlignment);
 }
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
-// and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP.
-// Late, dQ is there beside both.
+// and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP;
+// of halves one gradient, transposed, and half of S and dP. Late, dQ is there beside both.
 constexpr int fragment_registers(const BackwardConfig& config) {
   const int dk = accumulator_registers(config.key.head_dim);
   const int dv = accumulator_registers(config.key.head_dim_v);
   const int scores = accumulator_registers(config.tile_m);
   const int dq =
       dq_elements(config) / (config.num_consumers * kWarpgroupThreads * config.dq_slices);
+  if (in_halves(config)) {
+    const int gradient = accumulator_registers(config.tile_n) * config.key.head_dim / kConsumerRows;
+    const int half = accumulator_registers(config.tile_n / 2);
+    return gradient + (dq > 2 * half ? dq : 2 * half);  // head_dim is at least head_dim_v
+  }
   if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
   if (config.late_dq) {
     const int keys = config.k_in_registers ? config.key.head_dim / 4 : 0;  // 64 rows, 16 bits
@@ -94,11 +108,23 @@ constexpr const char* config_error(const BackwardConfig& config) {
   const int all_rows = config.num_consumers * kConsumerRows;
   if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
   if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
-  if (!is_paired(config) && config.tile_n != all_rows) return "tile_n: 64 a consumer";
+  if (config.roles == Roles::kAlike && config.tile_n != all_rows) return "tile_n: 64 a consumer";
   if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
     return "a pair: 2 consumers, tile_n 64";
   if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
   if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
+  if (in_halves(config) && (config.tile_n % 32 != 0 || config.num_consumers != 2))
+    return "halves: 2 consumers, tile_n 32s";
+  if (in_halves(config) && dq_split != DqSplit::kColumns) return "halves: dQ by columns";
+  if (in_halves(config) && (config.dq_path != DqPath::kDirect || config.dq_slices != 1))
+    return "halves: dQ directly, in one slice";
+  if (in_halves(config) &&
+      (config.key.head_dim % kConsumerRows != 0 || config.key.head_dim_v % kConsumerRows != 0))
+    return "halves: head dims of 64s";
+  if (in_halves(config) && (config.stages < 2 || config.ds_stages != config.stages))
+    return "halves: 2 stages or more, as many of dS";
+  if (in_halves(config) && (config.ahead_scores || config.key.mask == MaskKind::kCapped))
+    return "halves: no S ahead, no soft cap";
   if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";
   if (dq_split == DqSplit::kRows && config.tile_m != all_rows)
     return "dQ by rows: tile_m 64 a consumer";
@@ -111,7 +137,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
   if (config.stages < 1 || config.ds_stages < 1) return "stages";
   if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
-  if (config.late_dq && (is_paired(config) || !config.ahead_scores))
+  if (config.late_dq && (config.roles != Roles::kAlike || !config.ahead_scores))
     return "dQ late: consumers alike, S ahead";
   if (config.late_dq && (config.stages < 2 || config.ds_stages != config.stages))
     return "dQ late: 2 stages or more, as many of dS";

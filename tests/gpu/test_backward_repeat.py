@@ -6,7 +6,7 @@ from backward_checking import Call, check, compare, draw, draw_dlse, gradients, 
 from checking import DEVICE, TILES, Problem, attention, name
 
 TILE = pytest.mark.parametrize("tile", TILES, ids=name)
-HEAD_DIM = pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+HEAD_DIM = pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 MASKS = pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window_size": (700, 100)}], ids=name
 )

@@ -15,7 +15,7 @@ namespace {
 
 using namespace hopper_attention;
 
-constexpr int kTiles[] = {64, 80, 128};
+constexpr int kTiles[] = {64, 80, 96, 128};
 
 int count_up(int length, int tile) {
   int blocks = 0;

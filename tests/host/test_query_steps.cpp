@@ -201,7 +201,7 @@ void every_plan_in_a_fixed_order_comes_to_an_end() {
   struct Window {
     int causal, left, right;
   };
-  for (int head_dim : {64, 128, 256}) {
+  for (int head_dim : {64, 128, 192, 256}) {
     for (const auto& [seqlen_q, seqlen_k] : {std::pair{700, 700}, {300, 900}, {900, 300}, {1, 1}}) {
       for (const Window& w : {Window{0, -1, -1}, {1, -1, -1}, {0, 130, 70}, {1, 60, -1}}) {
         for (int heads_kv : {1, 2, 6}) {
@@ -242,8 +242,8 @@ void every_packed_plan_in_a_fixed_order_comes_to_an_end() {
     args.batch = lengths.batch;
     args.seqlen_q = lengths.total_q;
     args.seqlen_k = lengths.total_k;
-    constexpr int kHeadDims[] = {64, 128, 256};
-    args.head_dim = args.head_dim_v = kHeadDims[draw(0, 2)];
+    constexpr int kHeadDims[] = {64, 128, 192, 256};
+    args.head_dim = args.head_dim_v = kHeadDims[draw(0, 3)];
     args.heads = 6;
     args.heads_kv = draw(0, 1) == 1 ? 6 : 2;
     args.causal = draw(0, 1);

@@ -25,6 +25,7 @@ MAX_LIBRARY_BYTES = 25 * 2**20
 OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outside the key loop"
 TRANSPOSING = "the warps that transpose V have 24 registers; and addresses outside the key loop"
 IN_THE_LOOP = "a few words of the state of a tile or of the loop, read at most once a step"
+BEHIND_THE_LOOP = "a word of a gradient, behind the loop beside the last step's products"
 EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "fp16_d256_full": OUTSIDE_THE_LOOP,
     "bf16_d256_full": OUTSIDE_THE_LOOP,
@@ -40,6 +41,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dtype in ("fp16", "bf16")
         for mask in ("masked", "packed", "capped")
     },
+    **{f"backward_{dtype}_d192_packed": BEHIND_THE_LOOP for dtype in ("fp16", "bf16")},
     "e4m3_d128_masked": IN_THE_LOOP,
     "e4m3_d256_full": OUTSIDE_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
@@ -332,7 +334,8 @@ def test_every_kernel_multiplies_by_wgmma(sass, logs):
 
 def test_local_memory_is_not_touched_among_the_products(sass):
     # What EXPLAINED_LOCAL_MEMORY says: nothing else is spilled inside the loop over key blocks.
-    allowed = [name for name, why in EXPLAINED_LOCAL_MEMORY.items() if why == IN_THE_LOOP]
+    among = (IN_THE_LOOP, BEHIND_THE_LOOP)
+    allowed = [name for name, why in EXPLAINED_LOCAL_MEMORY.items() if why in among]
     found = [name for name, code in sass.items() if touches_local_memory(code)]
     # A backward kernel's mangled name has Backward_ and its row's.
     symbols = [row.replace("backward_", "Backward_") for row in allowed]
