@@ -112,8 +112,10 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterMaxima = Schedule::kAfterMaxima;
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
   constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
+  constexpr Schedule kAfterHalfRow = Schedule::kAfterHalfRow;
   constexpr Schedule kRowByRow = Schedule::kRowByRow;
   const bool full = key.mask == MaskKind::kFull;
+  const bool packed = key.mask == MaskKind::kPacked;  // rows apart: 3% slower there, 3% faster dense
   if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
@@ -141,7 +143,7 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
         ? ForwardConfig{key, 176, 2, 2, true, kRowByRow, true,
                         "widest that fits: S 88, P 44, O 64 registers and 208 KiB", true, 1, false,
                         0, true}
-        : ForwardConfig{key, 128, 2, 2, true, kRowByRow, false,
+        : ForwardConfig{key, 128, 2, 2, true, packed ? kAfterHalfRow : kRowByRow, false,
                         "square tiles waste least on the diagonal"};
     case 192:
       if (key.head_dim_v == 128) {

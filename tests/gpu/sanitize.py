@@ -6,7 +6,8 @@
 
 racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
 and delta come) for a store of the thread that issues it, and does not see that its readers wait for
-the copy's mbarrier. Copies through a tensor map it leaves out.
+the copy's mbarrier. Copies through a tensor map it leaves out. Of the quantizer it reports what a
+warp stores before one of its lanes arrives at an mbarrier for all of them, behind a __syncwarp().
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a

@@ -65,7 +65,7 @@ def problems(
     """
     if instance.mask == "packed":
         alike = instance.name.replace("packed", "masked")
-        raise ValueError(f"{instance.name} has the config of {alike}, which can be timed")
+        raise ValueError(f"{instance.name} has the tile of {alike}, which can be timed")
     mask = mask or ("full" if instance.mask == "full" else "causal")
     if mask == "causal" and instance.mask == "full":
         raise ValueError(f"{instance.name} computes no causal mask: mask must be full")
