@@ -204,9 +204,8 @@ def attention(
     mask = Mask.make(seqlen_q, seqlen_k, causal, left, right)
     if tile is None:
         masked = not mask.full or softcap > 0 or scale <= 0
-        tile = kernel_tile(
-            q.dtype, head_dim, head_dim_v, seqlen_k, masked=masked, row_keys=mask.most_keys
-        )
+        most = mask.most_keys
+        tile = kernel_tile(q.dtype, head_dim, head_dim_v, seqlen_k, masked=masked, row_keys=most)
     elif len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"tile must be (tile_m, tile_n), both 1 or more, got {tile}")
 
@@ -254,8 +253,7 @@ def kernel_tile(
         head_dim_v: of v.
         seqlen_k: keys. Some kernels without a mask leave problems with few keys to the masked one.
         masked: a kernel for masks, soft caps and scales that are not positive.
-        row_keys: the most keys that a row sees; None is seqlen_k. Where masked rows see few, some
-            head dimensions have a kernel of narrower blocks.
+        row_keys: the most keys that a row sees; None is seqlen_k. Few may mean narrower blocks.
 
     Raises:
         ValueError: no kernel holds them.
@@ -277,12 +275,11 @@ def kernel_row(
 ) -> dict[str, Any]:
     """The row of tiles.json that `kernel_tile` finds; with `packed` that of packed batches."""
     row_keys = seqlen_k if row_keys is None else row_keys
-    name = str(dtype).removeprefix("torch.")
     kinds = ("packed",) if packed else ("short", "masked") if masked else ("full",)
     rows = [
         row
         for row in _tiles()
-        if row["dtype"] == name
+        if row["dtype"] == str(dtype).removeprefix("torch.")
         and row["mask"] in kinds
         and row["head_dim"] >= head_dim
         and row["head_dim_v"] >= head_dim_v
@@ -295,7 +292,7 @@ def kernel_row(
         )
     row = min(rows, key=lambda row: (row["head_dim"], row["head_dim_v"], row["max_row_keys"]))
     if seqlen_k < row["min_keys"]:
-        return kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=True, row_keys=row_keys)
+        return kernel_row(dtype, head_dim, head_dim_v, seqlen_k, masked=True)
     return row
 
 
