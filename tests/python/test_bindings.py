@@ -102,7 +102,7 @@ def test_instances_of_both_passes_are_listed():
     names = _library.load().instances()
     assert names
     assert len(set(names)) == len(names)
-    masks = "full|masked|packed|capped"
+    masks = "full|masked|packed|capped|short"
     kinds = re.compile(rf"(backward_)?(fp16|bf16|e4m3|e4m3fast)_d\d+(x\d+)?_({masks})")
     assert [name for name in names if not kinds.fullmatch(name)] == []
 
