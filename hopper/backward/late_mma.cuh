@@ -45,27 +45,18 @@ CUTE_DEVICE void accumulate_late(BackwardParams const& params, KeyTile const& ti
   MmaValues mma_dp;
   typename Traits::MmaDv mma_dv;
   typename Traits::MmaDk mma_dk;
-  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
-  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
-  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
-  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
   Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
   Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
 
-  // Descriptors are the same for all threads of a consumer.
   const int first_thread = consumer * kWarpgroupThreads;
-  // (MMA, 1, d/16, stages)
-  Tensor tSrQ = mma_scores.get_thread_slice(first_thread).partition_fragment_B(sQ);
-  Tensor tPrdO = mma_dp.get_thread_slice(first_thread).partition_fragment_B(sdO);
-  // (MMA, 1, m/16, stages) both
-  Tensor tVrdO = mma_dv.get_thread_slice(first_thread).partition_fragment_B(sdOt);
-  Tensor tKrQ = mma_dk.get_thread_slice(first_thread).partition_fragment_B(sQt);
+  auto queries = query_operands<Traits, MmaKeys>(shared, first_thread);
+  Tensor tSrQ = get<0>(queries), tPrdO = get<1>(queries);
+  Tensor tVrdO = get<2>(queries), tKrQ = get<3>(queries);
   auto operands = dq_operands<Traits>(shared, first_thread);
   auto writer = ds_writer<Traits>(shared, first_thread + thread);
   auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
-  const int first_key =
-      tile.n_block * Traits::kTileN + consumer * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+  const int first_key = first_key_of<Traits>(tile, consumer, thread);
   const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   // As register operands P^T and dS^T have their accumulators' elements in the same order.

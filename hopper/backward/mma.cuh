@@ -66,6 +66,31 @@ CUTE_DEVICE void write_ds(Writer const& writer, int ds_stage, Operand& ds16, Lay
   tma_store_fence();  // the tensor cores read what ordinary stores wrote
 }
 
+// Q and dO as the right operands of S's, dP's, dV's and dK's products: (MMA, 1, columns/16, stages)
+// both of the first two, (MMA, 1, m/16, stages) of the others. Descriptors are the same for all
+// threads of a consumer.
+template <class Traits, class MmaKeys>
+CUTE_DEVICE auto query_operands(typename Traits::SharedStorage& shared, int first_thread) {
+  using namespace cute;
+  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
+  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
+  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
+  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
+  typename Traits::MmaScores mma_dp;
+  typename Traits::MmaDv mma_dv;
+  typename Traits::MmaDk mma_dk;
+  return make_tuple(MmaKeys{}.get_thread_slice(first_thread).partition_fragment_B(sQ),
+                    mma_dp.get_thread_slice(first_thread).partition_fragment_B(sdO),
+                    mma_dv.get_thread_slice(first_thread).partition_fragment_B(sdOt),
+                    mma_dk.get_thread_slice(first_thread).partition_fragment_B(sQt));
+}
+
+// The first of a thread's two keys; part: which kConsumerRows keys of the tile are its consumer's.
+template <class Traits>
+CUTE_DEVICE int first_key_of(KeyTile const& tile, int part, int thread) {
+  return tile.n_block * Traits::kTileN + part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+}
+
 template <class Traits, class GradientK, class GradientV>
 CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& tile,
                                   typename Traits::SharedStorage& shared, int consumer, int thread,
@@ -76,29 +101,21 @@ CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& t
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaDv mma_dv;
   typename Traits::MmaDk mma_dk;
-  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
-  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
-  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
-  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
   Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
   Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
 
-  // Descriptors are the same for all threads of a consumer.
   const int first_thread = consumer * kWarpgroupThreads;
+  auto queries = query_operands<Traits, typename Traits::MmaScores>(shared, first_thread);
+  Tensor tSrQ = get<0>(queries), tPrdO = get<1>(queries);
+  Tensor tVrdO = get<2>(queries), tKrQ = get<3>(queries);
   auto slice_scores = mma_scores.get_thread_slice(first_thread);
-  Tensor tSrK = slice_scores.partition_fragment_A(sK);    // (MMA, 1, d/16)
-  Tensor tSrQ = slice_scores.partition_fragment_B(sQ);    // (MMA, 1, d/16, stages)
-  Tensor tPrV = slice_scores.partition_fragment_A(sV);    // (MMA, 1, dv/16)
-  Tensor tPrdO = slice_scores.partition_fragment_B(sdO);  // (MMA, 1, dv/16, stages)
-  // (MMA, 1, m/16, stages) both
-  Tensor tVrdO = mma_dv.get_thread_slice(first_thread).partition_fragment_B(sdOt);
-  Tensor tKrQ = mma_dk.get_thread_slice(first_thread).partition_fragment_B(sQt);
+  Tensor tSrK = slice_scores.partition_fragment_A(sK);  // (MMA, 1, d/16)
+  Tensor tPrV = slice_scores.partition_fragment_A(sV);  // (MMA, 1, dv/16)
   auto operands = dq_operands<Traits>(shared, first_thread);
   auto writer = ds_writer<Traits>(shared, first_thread + thread);
   auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
-  const int first_key =
-      tile.n_block * Traits::kTileN + consumer * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+  const int first_key = first_key_of<Traits>(tile, consumer, thread);
   const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;

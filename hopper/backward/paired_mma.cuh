@@ -66,7 +66,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   auto operands = dq_operands<Traits>(shared, 0);
   auto adder = make_dq_adder<Traits>(params, shared, 0, thread);
 
-  const int first_key = tile.n_block * Traits::kTileN + thread / 32 * 16 + thread % 32 / 4;
+  const int first_key = first_key_of<Traits>(tile, 0, thread);
   const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   static_assert(Traits::kStages == Traits::kDsStages, "one counter for both");
   StepCount<Traits::kStages> at_step;
