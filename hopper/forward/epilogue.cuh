@@ -24,7 +24,7 @@ CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output con
   *reinterpret_cast<cutlass::Array<Element, kSize>*>(rO16.data()) =
       convert(*reinterpret_cast<const cutlass::Array<float, kSize>*>(rO.data()));
 
-  if constexpr (Traits::kOverlayO) {
+  if constexpr (Traits::kOOnV) {
     // Every consumer's last product with V is done, and no V of the next tile is on its way yet.
     sync_named(NamedBarrier::kTileEnd, 0, Traits::kConsumers * kWarpgroupThreads);
   } else {
@@ -51,7 +51,7 @@ CUTE_DEVICE void send_output(ForwardParams const& params, typename Traits::Share
     SM90_TMA_STORE_4D::copy(&params.out, buffer + column * kConsumerRows, column, row, head, batch);
   }
   tma_store_arrive();
-  if constexpr (Traits::kOverlayO) {
+  if constexpr (Traits::kOOnV) {
     tma_store_wait<0>();  // read, not yet written: V may come
     shared.barriers.o_sent[consumer].arrive();
   }

@@ -24,6 +24,7 @@ struct Fp8Traits {
   static constexpr bool kOnes = sums_by_ones(kConfig);
   static constexpr bool kMayTranspose = may_transpose(kConfig);
   static constexpr bool kTokenSums = keeps_row_sums(kConfig);
+  static constexpr bool kOOnV = false;
   static constexpr bool kOverlayO = o_overlays_q(kConfig);
   static constexpr bool kRawHoldsO = raw_holds_o(kConfig);
   static constexpr int kORounds = o_rounds(kConfig);

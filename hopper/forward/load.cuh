@@ -67,7 +67,7 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
 
   std::uint32_t o_phase = 0;
   auto wait_for_o = [&] {  // once a tile: where O lies on V, the last tile's must have left
-    if constexpr (!Traits::kFp8 && Traits::kOverlayO) {
+    if constexpr (Traits::kOOnV) {
       for (int i = 0; i < Traits::kConsumers; ++i) barriers.o_sent[i].wait(o_phase ^ 1);
       o_phase ^= 1;
     }

@@ -55,7 +55,7 @@ CUTE_DEVICE void store_packed(ForwardParams const& params, typename Traits::Shar
     if (thread == 0) send_output<Traits>(params, shared, row, head, 0, consumer);
   } else {
     copy_output_rows<Traits>(params, shared, row, rows, head, consumer, thread);
-    if constexpr (Traits::kOverlayO) {
+    if constexpr (Traits::kOOnV) {
       sync_named(NamedBarrier::kEpilogue, consumer,
                  kWarpgroupThreads);  // all have read: V may come
       if (thread == 0) shared.barriers.o_sent[consumer].arrive();

@@ -35,7 +35,7 @@ struct ForwardTraits {
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
   static constexpr bool kFp8 = false;
   static constexpr bool kMayTranspose = false;
-  static constexpr bool kOverlayO = o_overlays_v(kConfig);
+  static constexpr bool kOOnV = o_overlays_v(kConfig);
   static constexpr int kThreads = num_threads(kConfig);
   static constexpr int kSlab = slab_columns(kHeadDim, sizeof(Element));
   static constexpr int kSlabV = slab_columns(kHeadDimV, sizeof(Element));
@@ -92,12 +92,10 @@ struct ForwardTraits {
     Element k[kStages][kKElements];
     Element v[kStages][kVElements];
     Element q[kConsumers][kQElements];
-    Element o_tail[kOverlayO ? 8 : kConsumers * kOElements];
+    Element o_tail[kOOnV ? 8 : kConsumers * kOElements];
     Barriers barriers;
 
-    CUTE_DEVICE Element* o(int consumer) {
-      return (kOverlayO ? v[0] : o_tail) + consumer * kOElements;
-    }
+    CUTE_DEVICE Element* o(int consumer) { return (kOOnV ? v[0] : o_tail) + consumer * kOElements; }
   };
   static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget.h counts every byte");
   static_assert(kConsumers * kOElements <= kStages * kVElements, "O fits where V was");
