@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hopper_attention.bench.contestants import OURS
+from hopper_attention.bench.rmse import STANDARD
+
 MISSING = "–"
+# Of implementations, in the tables' order.
+NAMES = {
+    OURS: "hopper-attention",
+    "fa3": "FlashAttention-3",
+    "cudnn": "cuDNN",
+    "fa2": "FlashAttention-2",
+    STANDARD: "standard",
+}
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from md_tables import MISSING, bullets, length, number, table
+from md_tables import MISSING, NAMES, bullets, length, number, table
 
 from hopper_attention.bench.backward import FA3_DETERMINISTIC, OURS_DETERMINISTIC
 from hopper_attention.bench.backward_table import (
@@ -15,10 +15,8 @@ from hopper_attention.bench.backward_table import (
     error_lines,
     read_errors,
 )
-from hopper_attention.bench.contestants import OURS
 from hopper_attention.bench.ratios import Comparison, RowRatio, compare_records
 from hopper_attention.bench.records import run_of
-from hopper_attention.bench.rmse import STANDARD
 from hopper_attention.bench.shapes import short_dtype
 from hopper_attention.bench.table import summary_line
 
@@ -28,13 +26,6 @@ SUITE_OF = {
     "backward_deterministic": "backward",
     "backward_shapes": "backward-shapes",
     "backward_rmse": "backward-rmse",
-}
-_NAMES = {
-    OURS: "hopper-attention",
-    "fa3": "FlashAttention-3",
-    "cudnn": "cuDNN",
-    "fa2": "FlashAttention-2",
-    STANDARD: "standard",
 }
 _DETERMINISTIC_NAMES = {
     OURS_DETERMINISTIC: "hopper-attention, deterministic",
@@ -75,7 +66,7 @@ def backward(results: Document) -> str:
     return "\n\n".join(
         [
             bullets([summary_line("backward", comparisons)]),
-            _by_length(comparisons, _NAMES, [BEST_PEER]),
+            _by_length(comparisons, NAMES, [BEST_PEER]),
             f"{results['device']}, {run}.",
         ]
     )
@@ -94,7 +85,7 @@ def shapes(results: Document) -> str:
     suite = "backward-shapes"
     comparisons = compare_records(results["records"], suite)
     present = {name for one in comparisons for name in one.values}
-    titles = {n: t for n, t in (_NAMES | _DETERMINISTIC_NAMES).items() if n in present}
+    titles = {n: t for n, t in (NAMES | _DETERMINISTIC_NAMES).items() if n in present}
     rows = [
         [
             one.shape.label,
@@ -111,13 +102,13 @@ def shapes(results: Document) -> str:
 def rmse(results: Document) -> str:
     """Errors of suite backward-rmse."""
     found = read_errors(results["records"])
-    names = [name for name in _NAMES if any(name in one.rmse for one in found)]
+    names = [name for name in NAMES if any(name in one.rmse for one in found)]
     rows = []
     for one in found:
         dtype, dims = short_dtype(one.shape.dtype), f"{one.shape.head_dim} {one.shape.mask}"
         titles = [dtype, dims, _VALUES[one.distribution], _PARTS[one.part]]
         cells = [f"{one.rmse[name]:.2e}" if name in one.rmse else MISSING for name in names]
         rows.append([*titles, *cells, f"**{number(one.ratio(), 3)}**"])
-    header = ["dtype", "d", "Q, K, V", "", *(_NAMES[name] for name in names), "ours / best peer"]
+    header = ["dtype", "d", "Q, K, V", "", *(NAMES[name] for name in names), "ours / best peer"]
     lines, text = error_lines(found), table(header, rows, left=4)
     return f"{bullets(lines)}\n\n{text}" if lines else text

@@ -6,19 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from md_tables import MISSING, number, table
+from md_tables import MISSING, NAMES, number, table
 
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import compare_records
 from hopper_attention.bench.records import run_of
 
 SUITE_OF = {"dtypes": "forward-shapes"}
-_NAMES = {
-    OURS: "hopper-attention",
-    "fa3": "FlashAttention-3",
-    "cudnn": "cuDNN",
-    "fa2": "FlashAttention-2",
-}
 
 Document = Mapping[str, Any]
 
@@ -39,7 +33,7 @@ def dtypes(results: Document) -> str:
             for name in (OURS, *PEERS)
         ]
         rows.append([one.shape.label.removeprefix("fp16 "), *cells])
-    text = table(["fp16 / bf16", *(_NAMES[name] for name in (OURS, *PEERS))], rows)
+    text = table(["fp16 / bf16", *(NAMES[name] for name in (OURS, *PEERS))], rows)
     ceilings = run_of(results, "forward-shapes")[1]
     if "matmul_fp16_tflops" not in ceilings:
         return text

@@ -23,14 +23,13 @@ import readme_dtypes
 import readme_fp8
 import readme_training
 import readme_varlen
-from md_tables import MISSING, length, listing, table
+from md_tables import MISSING, NAMES, length, listing, table
 
 import hopper_attention
 from hopper_attention.bench import records
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.plot import plot_forward
 from hopper_attention.bench.ratios import Comparison, compare_records, summary
-from hopper_attention.bench.rmse import STANDARD
 from hopper_attention.bench.shapes import short_dtype
 from hopper_attention.study import Study
 from hopper_attention.study.plots import plot_heads
@@ -56,13 +55,6 @@ STUDY_PICTURE = ROOT / "docs" / "images" / "study_heads.png"
 RECIPES_PICTURE = ROOT / "docs" / "images" / "fp8_recipes.png"
 CONTEXT_PICTURE = ROOT / "docs" / "images" / "fp8_context.png"
 
-_NAMES = {
-    OURS: "hopper-attention",
-    "fa3": "FlashAttention-3",
-    "cudnn": "cuDNN",
-    "fa2": "FlashAttention-2",
-    STANDARD: "standard",
-}
 _DISTRIBUTIONS = {"normal": "N(0, 1)", "outliers": "N(0, 1) + N(0, 100) · Bernoulli(0.001)"}
 
 Document = Mapping[str, Any]
@@ -85,7 +77,7 @@ def _summary_of(comparisons: Sequence[Comparison]) -> str:
     if found is None:
         return ""
     least = min(rated, key=lambda pair: pair[0])[1]
-    peers = listing([_NAMES[name] for name in _implementations(comparisons) if name != OURS])
+    peers = listing([NAMES[name] for name in _implementations(comparisons) if name != OURS])
     return (
         f"hopper-attention runs at {found[0]:.2f} times the speed of the fastest of {peers}: the "
         f"geometric mean of {len(rated)} shapes, each against the peer that is fastest there. The "
@@ -129,7 +121,7 @@ def forward(results: Document) -> str:
         for name in _implementations(list(bylength.values())):
             values = [one.values.get(name) if one else None for one in cells]
             numbers = [MISSING if value is None else f"{value:.0f}" for value in values]
-            rows.append([str(head_dim), mask, _NAMES[name], *numbers])
+            rows.append([str(head_dim), mask, NAMES[name], *numbers])
         rows.append(["", "", "**ours / best peer**", *(f"**{_ratio(one)}**" for one in cells)])
     return table(["d", "mask", "TFLOP/s", *map(length, lengths)], rows, left=3)
 
@@ -142,7 +134,7 @@ def _by_shape(results: Document, suite: str, unit: str, digits: int) -> str:
         values = [one.values.get(name) for name in names]
         numbers = [MISSING if value is None else f"{value:.{digits}f}" for value in values]
         rows.append([one.shape.label, *numbers, f"**{_ratio(one)}**"])
-    text = table([unit, *(_NAMES[name] for name in names), "ours / best peer"], rows)
+    text = table([unit, *(NAMES[name] for name in names), "ours / best peer"], rows)
     return f"{_summary_of(comparisons)}\n\n{text}"
 
 
@@ -163,13 +155,13 @@ def rmse(results: Document) -> str:
         if record["suite"] == "rmse":
             key = (short_dtype(record["dtype"]), _DISTRIBUTIONS[record["distribution"]])
             rows.setdefault(key, {})[record["impl"]] = record["rmse"]
-    names = [name for name in _NAMES if any(name in values for values in rows.values())]
+    names = [name for name in NAMES if any(name in values for values in rows.values())]
     lines = []
     for key, values in rows.items():
         best = min(values[name] for name in PEERS if name in values)
         numbers = [f"{values[name]:.2e}" if name in values else MISSING for name in names]
         lines.append([*key, *numbers, f"**{values[OURS] / best:.3f}**"])
-    header = ["dtype", "inputs", *(_NAMES[name] for name in names), "ours / best peer"]
+    header = ["dtype", "inputs", *(NAMES[name] for name in names), "ours / best peer"]
     return table(header, lines, left=2)
 
 

@@ -12,15 +12,7 @@ import backward_checking
 import pytest
 import test_fuzz
 import torch
-from backward_checking import (
-    GRADIENTS,
-    OF_KERNELS,
-    draw,
-    draw_dlse,
-    last_places,
-    same_bits,
-    sum_rounding,
-)
+from backward_checking import GRADIENTS, draw, draw_dlse, last_places, same_bits, sum_rounding
 from checking import (
     DEVICE,
     DTYPES,
@@ -119,7 +111,7 @@ def check(inputs, sink, dout, dlse=None, **options):
     """Runs both passes and compares; returns out, lse and the four gradients."""
     call = Call(inputs, sink, **options)
     found = call.gradients(dout, dlse)
-    of_attention = {n: x for n, x in options.items() if n not in OF_KERNELS}
+    of_attention = {n: x for n, x in options.items() if n not in backward_checking.OF_KERNELS}
     leaves = [x.detach().double().requires_grad_() for x in inputs]
     exact_sink = sink.detach().clone().requires_grad_()
     usual_leaves = [x.detach().requires_grad_() for x in (*inputs, sink)]
