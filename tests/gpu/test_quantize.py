@@ -216,7 +216,7 @@ def test_a_position_past_the_rotary_table_is_seen():
 @pytest.mark.parametrize("head_dim", [64, 72, 128, 192, 256])
 def test_smoothing(head_dim, qk_scale):
     # The card sums in float32: K's mean may differ in its last bits, and an element that lies
-    # between two e4m3 numbers may fall to the other side
+    # between two e4m3 numbers may fall to the other side.
     q, k, v = random_qkv(seqlen_k=5000, head_dim=head_dim)
     k += 20 * torch.randn(1, 1, 1, head_dim, device=DEVICE, dtype=k.dtype)
     recipe = Fp8Recipe(qk_scale=qk_scale, smooth_k=True)
@@ -227,8 +227,9 @@ def test_smoothing(head_dim, qk_scale):
     assert torch.equal(bits(found.q).cpu(), bits(expected.q))
     assert torch.equal(bits(found.v).cpu(), bits(expected.v))
     steps = (bits(found.k).cpu().int() - bits(expected.k).int()).abs()
-    crossed_zero = bits(found.k).cpu() ^ bits(expected.k) == 0x80
-    assert (steps[~crossed_zero] <= 1).all()
+    # beside zero e4m3's steps are finer than what the means may differ by
+    apart = (found.k.cpu().float() - expected.k.float()).abs() * found.k_descale.min().item()
+    assert ((steps <= 1) | (apart <= 4e-7 * largest)).all()
     assert (steps != 0).float().mean() < 2e-3
     again = quantize(q, k, v, recipe)
     assert torch.equal(again.k_mean, found.k_mean)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -53,8 +54,11 @@ def test_losses_follow_those_of_standard_attention(train, head_dim):
     assert furthest(ours, standard) <= 2 * furthest(sdpa, standard) + 5e-3
     # The first losses are of almost the same weights. Later ones leap on single batches of odd text
     # (by 0.1 on a card, by 0.02 to 0.23 under emulation, with other texts and seeds of the signs)
-    # and come back: there the mean says whether the training follows (0.002 to 0.01 emulated).
+    # and come back: the median and the late mean say whether the training follows (0.002 to 0.01
+    # emulated).
     assert furthest(ours_fp8[:6], standard[:6]) < 0.01
+    apart = [abs(one - other) for one, other in zip(ours_fp8, standard, strict=True)]
+    assert statistics.median(apart) < 0.03
     late = [sum(losses[STEPS // 2 :]) / (STEPS // 2) for losses in (ours_fp8, standard)]
     assert abs(late[0] - late[1]) < 0.01 * math.log(256)
 
