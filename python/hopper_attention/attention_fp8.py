@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import checks, ops, ops_backward, ops_fp8
+from . import _autograd, checks, ops, ops_backward, ops_fp8
 from .quantize import quantize
 from .quantized import Quantized
 from .recipe import Fp8Recipe
@@ -130,8 +130,6 @@ _library_fragment.impl("attention_fp8", ops_fp8._forward_cpu, "CPU")
 torch.library.register_fake(
     "hopper_attention::attention_fp8", _attention_fake, lib=_library_fragment
 )
-torch.library.register_autograd(
-    "hopper_attention::attention_fp8", _differentiate, setup_context=_save, lib=_library_fragment
-)
+_autograd.register("attention_fp8", _differentiate, _save, _library_fragment)
 
 _operator: Callable[..., ops.Outputs] = torch.ops.hopper_attention.attention_fp8.default

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from . import _library, checks, ops
+from . import _autograd, _library, checks, ops
 from ._layout import kernel_view
 
 Gradients = tuple[torch.Tensor, ...]  # dq, dk, dv, and dsink where there is a sink
@@ -345,9 +345,7 @@ for _name in _OPERATORS:
     torch.library.register_autograd(
         f"hopper_attention::{_name}", differentiate_twice, lib=_library_fragment
     )
-torch.library.register_autograd(
-    "hopper_attention::forward", _differentiate, setup_context=_save, lib=_library_fragment
-)
+_autograd.register("forward", _differentiate, _save, _library_fragment)
 
 backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward.default
 backward_sink: Callable[..., Gradients] = torch.ops.hopper_attention.backward.sink

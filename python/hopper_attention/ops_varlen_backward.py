@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import checks, checks_varlen, ops, ops_backward
+from . import _autograd, checks, checks_varlen, ops, ops_backward
 from . import ops_varlen as _defines_forward_varlen  # noqa: F401
 from ._layout import packed_view
 from .checks_varlen import Lengths
@@ -112,8 +112,6 @@ torch.library.register_fake(
 torch.library.register_autograd(
     "hopper_attention::backward_varlen", ops_backward.differentiate_twice, lib=_library_fragment
 )
-torch.library.register_autograd(
-    "hopper_attention::forward_varlen", _differentiate, setup_context=_save, lib=_library_fragment
-)
+_autograd.register("forward_varlen", _differentiate, _save, _library_fragment)
 
 backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward_varlen.default
