@@ -71,13 +71,24 @@ def quantize(
     if rotary_q_offset is not None:
         rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
     checks.no_gradient(q, k, v)
-    outputs = ops_quantize.quantize(
-        *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k),
-        *(recipe.qk_scale, recipe.v_scale, recipe.hadamard, recipe.seed, recipe.smooth_k),
-        *(recipe.transpose_v, checks.flag("rotary_interleaved", rotary_interleaved)),
-        *(rotary_q_offset, checks.integer("rotary_k_offset", rotary_k_offset)),
+    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = ops_quantize.quantize(
+        q,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        recipe.qk_scale,
+        recipe.v_scale,
+        recipe.hadamard,
+        recipe.seed,
+        recipe.smooth_k,
+        recipe.transpose_v,
+        checks.flag("rotary_interleaved", rotary_interleaved),
+        rotary_q_offset,
+        checks.integer("rotary_k_offset", rotary_k_offset),
     )
-    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = outputs
     return Quantized(
         q=new_q,
         k=new_k,
