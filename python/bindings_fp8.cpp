@@ -7,12 +7,12 @@
 
 #include "bindings.h"
 #include "hopper_attention/abi.h"
+#include "prepared.h"
+
+namespace py = pybind11;
 
 namespace {
 
-using Pointer = std::uintptr_t;
-// q, k, v, out, lse, q_descale, k_descale, v_descale, v_token_factor, sink; 0 is null
-using Pointers = std::array<Pointer, 10>;
 // (batch, seq, head) of q, k, v, out; then (batch, head) of q_descale, k_descale, (batch, head,
 // channel) of v_descale, (batch, head) of v_token_factor
 using Longs = std::array<std::int64_t, 21>;
@@ -42,19 +42,10 @@ void set_ints(hopper_attention_forward_args& args, const Ints& n) {
   args.q_descale_tokens = n[14], args.k_descale_tokens = n[15], args.q_descale_per_kv = n[16];
 }
 
-hopper_attention_forward_args describe(const Pointers& pointers, const Longs& longs,
-                                       const Ints& ints, float softmax_scale, float softcap) {
-  const auto floats = [&](int i) { return reinterpret_cast<const float*>(pointers[i]); };
+hopper_attention_forward_args describe(const Longs& longs, const Ints& ints, float softmax_scale,
+                                       float softcap) {
   hopper_attention_forward_args args{};
   args.struct_size = sizeof(args);
-  args.q = reinterpret_cast<const void*>(pointers[0]);
-  args.k = reinterpret_cast<const void*>(pointers[1]);
-  args.v = reinterpret_cast<const void*>(pointers[2]);
-  args.out = reinterpret_cast<void*>(pointers[3]);
-  args.lse = reinterpret_cast<float*>(pointers[4]);
-  args.q_descale = floats(5), args.k_descale = floats(6), args.v_descale = floats(7);
-  args.v_token_factor = floats(8);
-  args.sink = floats(9);
   set_longs(args, longs);
   set_ints(args, ints);
   args.softmax_scale = softmax_scale;
@@ -62,24 +53,41 @@ hopper_attention_forward_args describe(const Pointers& pointers, const Longs& lo
   return args;
 }
 
-void forward(const Pointers& pointers, const Longs& longs, const Ints& ints, float softmax_scale,
-             float softcap, Pointer workspace, Pointer stream) {
-  hopper_attention_forward_args args = describe(pointers, longs, ints, softmax_scale, softcap);
-  args.workspace = reinterpret_cast<void*>(workspace);
-  args.stream = reinterpret_cast<void*>(stream);
-  raise_on_failure(hopper_attention_forward(&args));
+struct Fp8Call {
+  using Args = hopper_attention_forward_args;
+  static constexpr Py_ssize_t kNumAddresses = 12;
+  static constexpr const char* kName = "prepared_forward_fp8";
+  static constexpr const char* kDoc =
+      "Enqueue the e4m3 forward kernel: q, k, v, q_descale, k_descale, v_descale, v_token_factor "
+      "(0: none), out, lse, workspace, stream, sink (0: none).";
+
+  static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
+    const auto floats = [&](int i) { return reinterpret_cast<const float*>(addresses[i]); };
+    args->q = reinterpret_cast<const void*>(addresses[0]);
+    args->k = reinterpret_cast<const void*>(addresses[1]);
+    args->v = reinterpret_cast<const void*>(addresses[2]);
+    args->q_descale = floats(3), args->k_descale = floats(4), args->v_descale = floats(5);
+    args->v_token_factor = floats(6);
+    args->out = reinterpret_cast<void*>(addresses[7]);
+    args->lse = reinterpret_cast<float*>(addresses[8]);
+    args->workspace = reinterpret_cast<void*>(addresses[9]);
+    args->stream = reinterpret_cast<void*>(addresses[10]);
+    args->sink = floats(11);
+  }
+  static hopper_attention_status run(const Args* args) { return hopper_attention_forward(args); }
+};
+
+py::object prepare(const Longs& longs, const Ints& ints, float softmax_scale, float softcap) {
+  return make_prepared<Fp8Call>(describe(longs, ints, softmax_scale, softcap));
 }
 
 std::string explain(const Longs& longs, const Ints& ints, float softmax_scale, float softcap) {
-  const hopper_attention_forward_args args = describe({}, longs, ints, softmax_scale, softcap);
-  char buffer[2048];
-  raise_on_failure(hopper_attention_explain_forward(&args, buffer, sizeof(buffer)));
-  return buffer;
+  return explanation(describe(longs, ints, softmax_scale, softcap));
 }
 
 }  // namespace
 
 void bind_forward_fp8(pybind11::module_& module) {
-  module.def("forward_fp8", &forward, "Enqueue the e4m3 forward kernel; see abi.h.");
+  module.def("prepare_fp8", &prepare, "Of a call of the e4m3 forward: what takes the addresses.");
   module.def("explain_forward_fp8", &explain, "JSON: how an e4m3 call would run.");
 }

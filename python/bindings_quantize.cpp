@@ -6,14 +6,13 @@
 
 #include "bindings.h"
 #include "hopper_attention/abi.h"
+#include "prepared.h"
+
+namespace py = pybind11;
 
 namespace {
 
-using Pointer = std::uintptr_t;
 // Grouped by type, so that a call converts a few tuples and not eighty arguments.
-// q, k, v, q_out, k_out, v_out, q_descale, k_descale, v_descale, v_token_factor, k_mean,
-// cu_seqlens_q, cu_seqlens_k, rotary_cos, rotary_sin; 0 is null
-using Pointers = std::array<Pointer, 15>;
 // (batch, seq, head) of q, k, v, q_out, k_out, v_out, then rotary_q_offset and rotary_k_offset
 using Longs = std::array<std::int64_t, 20>;
 // dtype, batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v, qk_scale, v_scale,
@@ -21,19 +20,6 @@ using Longs = std::array<std::int64_t, 20>;
 // rotary_q_aligned
 using Ints = std::array<std::int32_t, 17>;
 using Signs = std::array<std::uint32_t, 8>;
-
-void set_pointers(hopper_attention_quantize_args& args, const Pointers& p) {
-  const auto in = [&](int i) { return reinterpret_cast<const void*>(p[i]); };
-  const auto out = [&](int i) { return reinterpret_cast<void*>(p[i]); };
-  const auto floats = [&](int i) { return reinterpret_cast<float*>(p[i]); };
-  const auto ints = [&](int i) { return reinterpret_cast<const std::int32_t*>(p[i]); };
-  args.q = in(0), args.k = in(1), args.v = in(2);
-  args.q_out = out(3), args.k_out = out(4), args.v_out = out(5);
-  args.q_descale = floats(6), args.k_descale = floats(7), args.v_descale = floats(8);
-  args.v_token_factor = floats(9), args.k_mean = floats(10);
-  args.cu_seqlens_q = ints(11), args.cu_seqlens_k = ints(12);
-  args.rotary_cos = floats(13), args.rotary_sin = floats(14);
-}
 
 void set_longs(hopper_attention_quantize_args& args, const Longs& n) {
   args.q_stride_batch = n[0], args.q_stride_seq = n[1], args.q_stride_head = n[2];
@@ -54,36 +40,49 @@ void set_ints(hopper_attention_quantize_args& args, const Ints& n) {
   args.rotary_interleaved = n[15], args.rotary_q_aligned = n[16];
 }
 
-hopper_attention_quantize_args describe(const Pointers& pointers, const Longs& longs,
-                                        const Ints& ints, const Signs& signs) {
+struct QuantizeCall {
+  using Args = hopper_attention_quantize_args;
+  static constexpr Py_ssize_t kNumAddresses = 17;
+  static constexpr const char* kName = "prepared_quantize";
+  static constexpr const char* kDoc =
+      "Enqueue the quantizer: q, k, v, cu_seqlens_q, cu_seqlens_k, rotary_cos, rotary_sin (0: "
+      "none), q_out, k_out, v_out, q_descale, k_descale, v_descale, v_token_factor, k_mean, "
+      "workspace, stream.";
+
+  static void set_addresses(const Pointer (&addresses)[kNumAddresses], Args* args) {
+    const auto in = [&](int i) { return reinterpret_cast<const void*>(addresses[i]); };
+    const auto out = [&](int i) { return reinterpret_cast<void*>(addresses[i]); };
+    const auto floats = [&](int i) { return reinterpret_cast<float*>(addresses[i]); };
+    const auto ints = [&](int i) { return reinterpret_cast<const std::int32_t*>(addresses[i]); };
+    args->q = in(0), args->k = in(1), args->v = in(2);
+    args->cu_seqlens_q = ints(3), args->cu_seqlens_k = ints(4);
+    args->rotary_cos = floats(5), args->rotary_sin = floats(6);
+    args->q_out = out(7), args->k_out = out(8), args->v_out = out(9);
+    args->q_descale = floats(10), args->k_descale = floats(11), args->v_descale = floats(12);
+    args->v_token_factor = floats(13), args->k_mean = floats(14);
+    args->workspace = out(15);
+    args->stream = out(16);
+  }
+  static hopper_attention_status run(const Args* args) { return hopper_attention_quantize(args); }
+};
+
+// The call, and the bytes of workspace that it needs.
+py::tuple prepare(bool packed, const Longs& longs, const Ints& ints, const Signs& signs) {
   hopper_attention_quantize_args args{};
   args.struct_size = sizeof(args);
-  set_pointers(args, pointers);
   set_longs(args, longs);
   set_ints(args, ints);
   for (std::size_t i = 0; i < signs.size(); ++i) args.sign_bits[i] = signs[i];
-  return args;
-}
-
-void quantize(const Pointers& pointers, const Longs& longs, const Ints& ints, const Signs& signs,
-              Pointer workspace, Pointer stream) {
-  hopper_attention_quantize_args args = describe(pointers, longs, ints, signs);
-  args.workspace = reinterpret_cast<void*>(workspace);
-  args.stream = reinterpret_cast<void*>(stream);
-  raise_on_failure(hopper_attention_quantize(&args));
-}
-
-std::size_t workspace_bytes(bool packed, const Ints& ints) {
-  hopper_attention_quantize_args args = describe({}, {}, ints, {});
-  // Not read: only whether they are null says that sequences are packed.
+  // Not read for the workspace: only whether they are null says that sequences are packed.
   static const std::int32_t kNotNull = 0;
   if (packed) args.cu_seqlens_q = args.cu_seqlens_k = &kNotNull;
-  return hopper_attention_quantize_workspace_bytes(&args);
+  const std::size_t bytes = hopper_attention_quantize_workspace_bytes(&args);
+  return py::make_tuple(make_prepared<QuantizeCall>(args), bytes);
 }
 
 }  // namespace
 
 void bind_quantize(pybind11::module_& module) {
-  module.def("quantize", &quantize, "Enqueue the quantizer; see abi_quantize.h.");
-  module.def("quantize_workspace_bytes", &workspace_bytes);
+  module.def("prepare_quantize", &prepare,
+             "Of a call of the quantizer: what takes the addresses, and its workspace's bytes.");
 }

@@ -23,11 +23,12 @@ import readme_dtypes
 import readme_fp8
 import readme_training
 import readme_varlen
-from md_tables import MISSING, NAMES, length, listing, table
+from md_tables import MISSING, NAMES, length, listing, number, table
 
 import hopper_attention
 from hopper_attention.bench import records
 from hopper_attention.bench.contestants import OURS, PEERS
+from hopper_attention.bench.host import PARTS, compare_host
 from hopper_attention.bench.plot import plot_forward
 from hopper_attention.bench.ratios import Comparison, compare_records, summary
 from hopper_attention.bench.shapes import short_dtype
@@ -126,26 +127,35 @@ def forward(results: Document) -> str:
     return table(["d", "mask", "TFLOP/s", *map(length, lengths)], rows, left=3)
 
 
-def _by_shape(results: Document, suite: str, unit: str, digits: int) -> str:
-    comparisons = compare_records(results["records"], suite)
-    names = _implementations(comparisons)
+def _by_row(named: Sequence[tuple[str, Comparison]], unit: str, digits: int) -> str:
+    """A table with a row for each comparison, named so."""
+    names = _implementations([one for _, one in named])
     rows = []
-    for one in comparisons:
-        values = [one.values.get(name) for name in names]
-        numbers = [MISSING if value is None else f"{value:.{digits}f}" for value in values]
-        rows.append([one.shape.label, *numbers, f"**{_ratio(one)}**"])
-    text = table([unit, *(NAMES[name] for name in names), "ours / best peer"], rows)
+    for title, one in named:
+        numbers = [number(one.values.get(name), digits) for name in names]
+        rows.append([title, *numbers, f"**{_ratio(one)}**"])
+    return table([unit, *(NAMES[name] for name in names), "ours / best peer"], rows)
+
+
+def _by_shape(comparisons: Sequence[Comparison], unit: str, digits: int) -> str:
+    text = _by_row([(one.shape.label, one) for one in comparisons], unit, digits)
     return f"{_summary_of(comparisons)}\n\n{text}"
 
 
 def shapes(results: Document) -> str:
     """TFLOP/s of suite forward-shapes."""
-    return _by_shape(results, "forward-shapes", "TFLOP/s", 0)
+    return _by_shape(compare_records(results["records"], "forward-shapes"), "TFLOP/s", 0)
 
 
 def host(results: Document) -> str:
-    """Microseconds of suite host."""
-    return _by_shape(results, "host", "µs a call", 1)
+    """Microseconds of suite host; of its parts, too, where they were measured."""
+    found = results["records"]
+    text = _by_shape(compare_host(found), "µs a call", 1)
+    parts = [(part, one) for part in PARTS for one in compare_host(found, part)]
+    if not parts:
+        return text
+    words = f"Other calls of {parts[0][1].shape.label}; both passes go through autograd:"
+    return f"{text}\n\n{words}\n\n{_by_row(parts, 'µs a call', 1)}"
 
 
 def rmse(results: Document) -> str:

@@ -33,6 +33,11 @@ def tensors(**arguments: Any) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def optional_tensors(**arguments: Any) -> None:
+    """Raises TypeError unless every argument is a torch.Tensor or None."""
+    tensors(**{name: value for name, value in arguments.items() if value is not None})
+
+
 def attention_dims(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Dims:
     """Checks that q, k and v fit together; lengths and head counts may be 0.
 
@@ -249,6 +254,8 @@ def real(name: str, value: Any) -> float:
     Raises:
         TypeError: value is not a real number.
     """
+    if type(value) is float:  # isinstance takes 0.5 us below
+        return value
     if isinstance(value, (Real, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool):
         return float(value)
     raise TypeError(f"{name} must be a float, got {type(value).__name__}")
@@ -260,6 +267,8 @@ def integer(name: str, value: Any) -> int:
     Raises:
         TypeError: value is not an integer.
     """
+    if type(value) is int:
+        return value
     if isinstance(value, (Integral, torch.SymInt)) and not isinstance(value, bool):
         return int(value)
     raise TypeError(f"{name} must be an int, got {type(value).__name__}")

@@ -35,8 +35,9 @@ def flash_attn_fp8_func(
     used again. Masks and shapes are those of `flash_attn_func`.
 
     16-bit tensors may require grad. Their gradient is that of 16-bit attention, as if quantizing
-    were the identity (a straight-through estimate): it runs both passes of `flash_attn_func` on
-    q, k and v as given, so it costs a 16-bit forward pass more. A `Quantized` has no gradient.
+    were the identity (a straight-through estimate): the backward pass of `flash_attn_func` on q, k
+    and v as given, with the output and log-sum-exp of this FP8 forward pass. A `Quantized` has no
+    gradient.
 
     Args:
         q: (batch, seqlen_q, heads, head_dim), float16 or bfloat16, on a Hopper GPU; or a
@@ -125,9 +126,9 @@ def attention_of_e4m3(
         As `flash_attn_func`, in bfloat16.
     """
     checks.no_gradient(q, k, v, learnable_sink)
-    for name, descale in zip(("q_descale", "k_descale", "v_descale"), descales, strict=True):
-        if descale is not None:
-            checks.tensors(**{name: descale})
+    q_descale, k_descale, v_descale = descales
+    if q_descale is not None or k_descale is not None or v_descale is not None:
+        checks.optional_tensors(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     outputs = ops_fp8.forward_fp8(
         *(q, k, v, *descales, None, learnable_sink), torch.bfloat16, False, False, *scalars
     )

@@ -25,6 +25,10 @@ _NO_SCALE = (0, 0)
 
 Scalars = tuple[float, bool, int, int, float, int]
 Strides = tuple[int, int, int]
+# q, k, v, q_descale, k_descale, v_descale, v_token_factor
+Inputs = tuple[torch.Tensor | None, ...]
+
+_plans: dict[tuple[Any, ...], ops.Plan] = {}  # as ops.py's
 
 
 def copy_reason(tensor: torch.Tensor) -> str | None:
@@ -146,46 +150,67 @@ def _forward_cuda(
     v_descale: torch.Tensor | None,
     v_token_factor: torch.Tensor | None,
     learnable_sink: torch.Tensor | None,
-    out_dtype: torch.dtype,
-    v_transposed: bool,
-    fast_accumulation: bool,
-    *scalars: Any,
+    *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     device_index = q.get_device()
-    x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
-    r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_gradient(q, k, v, learnable_sink)
-    if device_index != torch.cuda.current_device():
+    if device_index != ops._current_device():
         with torch.cuda.device(q.device):
             return _forward_cuda(
-                *(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink),
-                *(out_dtype, v_transposed, fast_accumulation, *scalars),
+                *(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink, *rest),
             )
-    library = _library.load()
-    out, lse = _allocate(r, out_dtype, q.device)
-    if not lse.numel():
+    # Named, as they must outlive the call: some may become copies.
+    tensors: Inputs = (q, k, v, q_descale, k_descale, v_descale, v_token_factor)
+    key = (*map(ops.key_of, tensors), rest)
+    plan = _plans.get(key)
+    if plan is None or (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _GRANULE:
+        x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
+        tensors, plan = _make_plan(key, x)
+    sink = None if learnable_sink is None else ops.sink_in_place(learnable_sink, q)
+    checks.no_gradient(q, k, v, learnable_sink)
+    run, is_empty, out_layout, lse_layout = plan
+    out, lse = ops._empty(*out_layout), ops._empty(*lse_layout)
+    if is_empty:
         return out, lse
-    q, k, v = _in_place(q), _in_place(k), _in_place(v)
-    scales = [
-        _floats_in_place(s) for s in (x.q_descale, x.k_descale, x.v_descale, x.v_token_factor)
-    ]
-    x = Tensors(q, k, v, *scales)
-    sink = None if learnable_sink is None else learnable_sink.contiguous()
-    strides = (_strides(q), _strides(k), _strides(v, v_transposed))
     stream = ops._raw_stream(device_index)
-    library.forward_fp8(
-        [
-            *(tensor.data_ptr() for tensor in (q, k, v, out, lse)),
-            *(0 if scale is None else scale.data_ptr() for scale in (*scales, sink)),
-        ],
-        _longs(strides, _out_strides(r), x, r),
-        _ints(r, out_dtype, v_transposed, fast_accumulation, scalars),
-        scalars[0],
-        scalars[4],
+    run(
+        *[0 if x is None else x.data_ptr() for x in tensors],
+        out.data_ptr(),
+        lse.data_ptr(),
         ops._workspace(device_index, stream).data_ptr(),
         stream,
+        0 if sink is None else sink.data_ptr(),
     )
     return out, lse
+
+
+def _make_plan(key: tuple[Any, ...], x: Tensors) -> tuple[Inputs, ops.Plan]:
+    """Checks a call; returns its tensors, copied where kernels cannot read them, and its plan."""
+    out_dtype, v_transposed, fast, *rest = key[-1]
+    scalars: Scalars = tuple(rest)
+    r = request(x, out_dtype, v_transposed, scalars)
+    batch, seqlen_q, _, heads, _, _, head_dim_v = r.dims
+    q, k, v = _in_place(x.q), _in_place(x.k), _in_place(x.v)
+    strides = (_strides(q), _strides(k), _strides(v, v_transposed))
+    scales = [_floats_in_place(scale) for scale in _inputs(x)[3:]]
+    views = Tensors(q, k, v, *scales)
+    plan = ops.Plan(
+        _library.load().prepare_fp8(
+            _longs(strides, _out_strides(r), views, r),
+            _ints(r, out_dtype, v_transposed, fast, scalars),
+            scalars[0],
+            scalars[4],
+        ),
+        not batch * seqlen_q * heads,
+        ops._contiguous((batch, seqlen_q, heads, head_dim_v), out_dtype),
+        ops._contiguous((batch, heads, seqlen_q), torch.float32),
+    )
+    if all(view is given for view, given in zip(_inputs(views), _inputs(x), strict=True)):
+        ops.remember(_plans, key, plan)
+    return _inputs(views), plan
+
+
+def _inputs(x: Tensors) -> Inputs:
+    return x.q, x.k, x.v, x.q_descale, x.k_descale, x.v_descale, x.v_token_factor
 
 
 def _forward_cpu(q: torch.Tensor, *_: Any) -> NoReturn:

@@ -6,9 +6,10 @@ but for K's mean, whose sum is rounded in another order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -43,43 +44,54 @@ def slots(tokens: int, batch: int, packed: bool) -> int:
     return tokens // QK_BLOCK_TOKENS + batch if packed else -(-tokens // QK_BLOCK_TOKENS)
 
 
+def _with_gaps(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the memory of an e4m3 tensor: the gap behind a row is part of the row."""
+    return *shape[:-1], -(-shape[-1] // ROW_GRANULE) * ROW_GRANULE
+
+
 def spaced(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """An e4m3 tensor whose rows begin at multiples of `ROW_GRANULE` elements."""
-    width = -(-shape[-1] // ROW_GRANULE) * ROW_GRANULE
-    return torch.empty(*shape[:-1], width, dtype=FP8, device=device)[..., : shape[-1]]
+    return torch.empty(_with_gaps(shape), dtype=FP8, device=device)[..., : shape[-1]]
 
 
-def _allocate(dims: checks.Dims, call: Call, device: torch.device) -> Outputs:
+def _shapes(dims: checks.Dims, call: Call) -> tuple[tuple[int, ...], ...]:
+    """The outputs' shapes; the first three are of e4m3, the others of float32."""
     batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v = dims
     recipe, packed = call.recipe, call.packed
     lead = () if packed else (batch,)
     slots_k = slots(seqlen_k, batch, packed)
 
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def descale(num_heads: int, tokens: int) -> torch.Tensor:
+    def descale(num_heads: int, tokens: int) -> tuple[int, ...]:
         if recipe.qk_scale == "block":
-            return floats(*lead, num_heads, slots(tokens, batch, packed))
+            return *lead, num_heads, slots(tokens, batch, packed)
         if recipe.qk_scale == "token":
-            return floats(*lead, num_heads, tokens)
-        return floats(batch, num_heads, 1)
+            return *lead, num_heads, tokens
+        return batch, num_heads, 1
 
+    v = (*lead, seqlen_k, heads_kv, head_dim_v)
     if recipe.transpose_v:
-        v_shape = (*lead, heads_kv, head_dim_v, slots_k * QK_BLOCK_TOKENS)
-        v = torch.empty(v_shape, dtype=FP8, device=device)
-    else:
-        v = spaced((*lead, seqlen_k, heads_kv, head_dim_v), device)
-    by_token, by_channel = recipe.v_scale == "token", recipe.v_scale == "channel"
+        v = (*lead, heads_kv, head_dim_v, slots_k * QK_BLOCK_TOKENS)
     return (
-        spaced((*lead, seqlen_q, heads, head_dim), device),
-        spaced((*lead, seqlen_k, heads_kv, head_dim), device),
+        (*lead, seqlen_q, heads, head_dim),
+        (*lead, seqlen_k, heads_kv, head_dim),
         v,
         descale(heads, seqlen_q),
         descale(heads_kv, seqlen_k),
-        floats(batch, heads_kv, head_dim_v if by_channel else 1),
-        floats(*lead, heads_kv, seqlen_k) if by_token else floats(0),
-        floats(batch, heads_kv, head_dim) if recipe.smooth_k else floats(0),
+        (batch, heads_kv, head_dim_v if recipe.v_scale == "channel" else 1),
+        (*lead, heads_kv, seqlen_k) if recipe.v_scale == "token" else (0,),
+        (batch, heads_kv, head_dim) if recipe.smooth_k else (0,),
+    )
+
+
+def _allocate(dims: checks.Dims, call: Call, device: torch.device) -> Outputs:
+    q, k, v, *floats = _shapes(dims, call)
+    return (
+        spaced(q, device),
+        spaced(k, device),
+        torch.empty(v, dtype=FP8, device=device)
+        if call.recipe.transpose_v  # its rows are multiples of 128
+        else spaced(v, device),
+        *(torch.empty(shape, dtype=torch.float32, device=device) for shape in floats),
     )
 
 
@@ -123,42 +135,90 @@ def _float_table(table: torch.Tensor) -> torch.Tensor:
     return table if table.data_ptr() % 16 == 0 else table.clone()
 
 
+class Plan(NamedTuple):
+    """What is settled of a call that has passed the checks; the rest are addresses.
+
+    Attributes:
+        run: enqueues the kernel, with the addresses that bindings_quantize.cpp says.
+        is_empty: whether there is nothing to quantize; nothing is enqueued then.
+        outputs: shape, strides and dtype of each output's memory.
+        columns: for the outputs whose rows have gaps, which one it is and its last dimension.
+        workspace: as outputs.
+    """
+
+    run: Callable[..., None]
+    is_empty: bool
+    outputs: tuple[ops.Layout, ...]
+    columns: tuple[tuple[int, int], ...]
+    workspace: ops.Layout
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
+
+
 def _quantize_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
-    call = Call.make(*rest)
-    dims = request(q, k, v, call)
     device_index = q.get_device()
-    if device_index != torch.cuda.current_device():
+    if device_index != ops._current_device():
         with torch.cuda.device(q.device):
             return _quantize_cuda(q, k, v, *rest)
-    library = _library.load()
-    outputs = _allocate(dims, call, q.device)
-    if not dims[0] or not (dims[3] or dims[4]):
-        return outputs
-    inputs = tuple(_contiguous_last(x) for x in (q, k, v))
-    cos = sin = None
-    if call.rotary_cos is not None and call.rotary_sin is not None:
-        cos, sin = _float_table(call.rotary_cos), _float_table(call.rotary_sin)
-    ints = _ints(q.dtype, dims, call)
-    size = library.quantize_workspace_bytes(call.packed, ints)
-    workspace = torch.empty(max(16, size), dtype=torch.uint8, device=q.device)
-    tables = (call.cu_seqlens_q, call.cu_seqlens_k, cos, sin)
-    aligned = call.rotary_q_offset is None
-    library.quantize(
-        [x.data_ptr() for x in (*inputs, *outputs)]
-        + [0 if x is None else x.data_ptr() for x in tables],
-        [
-            *(stride for x in inputs for stride in _strides(x)),
-            *(*_strides(outputs[0]), *_strides(outputs[1])),
-            *_v_out_strides(outputs[2], call.recipe.transpose_v),
-            call.rotary_k_offset if aligned else call.rotary_q_offset,
-            call.rotary_k_offset,
-        ],
-        ints,
-        _sign_bits(dims[5], call.recipe.seed) if call.recipe.hadamard else (0,) * 8,
+    cos, sin, cu_seqlens_q, cu_seqlens_k = rest[:4]
+    key = (*map(ops.key_of, (q, k, v, cos, sin, cu_seqlens_q, cu_seqlens_k)), rest[4:])
+    plan = _plans.get(key)
+    if plan is None:
+        q, k, v, plan = _make_plan(key, q, k, v, rest)
+    run, is_empty, layouts, columns, workspace_layout = plan
+    outputs = [ops._empty(*layout) for layout in layouts]
+    for place, count in columns:
+        outputs[place] = outputs[place][..., :count]
+    if is_empty:
+        return tuple(outputs)
+    if cos is not None:
+        cos, sin = _float_table(cos), _float_table(sin)
+    workspace = ops._empty(*workspace_layout)
+    run(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        *[0 if x is None else x.data_ptr() for x in (cu_seqlens_q, cu_seqlens_k, cos, sin)],
+        *[x.data_ptr() for x in outputs],
         workspace.data_ptr(),
         ops._raw_stream(device_index),
     )
-    return outputs
+    return tuple(outputs)
+
+
+def _make_plan(
+    key: tuple[Any, ...], q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rest: tuple[Any, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Plan]:
+    """Checks a call; returns q, k and v, copied where kernels cannot read them, and its plan."""
+    call = Call.make(*rest)
+    dims = request(q, k, v, call)
+    recipe, shapes = call.recipe, _shapes(dims, call)
+    views = (_contiguous_last(q), _contiguous_last(k), _contiguous_last(v))
+    outputs = _allocate(dims, call, torch.device("meta"))
+    run, workspace_bytes = _library.load().prepare_quantize(
+        call.packed,
+        (
+            *(stride for x in views for stride in _strides(x)),
+            *(*_strides(outputs[0]), *_strides(outputs[1])),
+            *_v_out_strides(outputs[2], recipe.transpose_v),
+            call.rotary_k_offset if call.rotary_q_offset is None else call.rotary_q_offset,
+            call.rotary_k_offset,
+        ),
+        _ints(q.dtype, dims, call),
+        _sign_bits(dims[5], recipe.seed) if recipe.hadamard else (0,) * 8,
+    )
+    in_memory = [*map(_with_gaps, shapes[:3]), *shapes[3:]]
+    plan = Plan(
+        run,
+        not dims[0] or not (dims[3] or dims[4]),
+        tuple(ops._contiguous(shape, x.dtype) for shape, x in zip(in_memory, outputs, strict=True)),
+        tuple((i, shapes[i][-1]) for i in range(3) if shapes[i] != in_memory[i]),
+        ops._contiguous((max(16, workspace_bytes),), torch.uint8),
+    )
+    if views[0] is q and views[1] is k and views[2] is v:
+        ops.remember(_plans, key, plan)
+    return *views, plan
 
 
 def _ints(dtype: torch.dtype, dims: checks.Dims, call: Call) -> tuple[int, ...]:

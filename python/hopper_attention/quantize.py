@@ -58,26 +58,37 @@ def quantize(
         RuntimeError: CUDA tensors, and the compiled library is missing, the device is no Hopper
             GPU, or CUDA fails.
     """
-    checks.tensors(q=q, k=k, v=v)
-    given = {
-        "rotary_cos": rotary_cos,
-        "rotary_sin": rotary_sin,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-    }
-    checks.tensors(**{name: value for name, value in given.items() if value is not None})
+    if not (
+        isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    ):
+        checks.tensors(q=q, k=k, v=v)
+    if rotary_cos is not None or rotary_sin is not None:
+        checks.optional_tensors(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    if cu_seqlens_q is not None or cu_seqlens_k is not None:
+        checks.optional_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"recipe must be an Fp8Recipe, got {type(recipe).__name__}")
     if rotary_q_offset is not None:
         rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
     checks.no_gradient(q, k, v)
-    outputs = ops_quantize.quantize(
-        *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k),
-        *(recipe.qk_scale, recipe.v_scale, recipe.hadamard, recipe.seed, recipe.smooth_k),
-        *(recipe.transpose_v, checks.flag("rotary_interleaved", rotary_interleaved)),
-        *(rotary_q_offset, checks.integer("rotary_k_offset", rotary_k_offset)),
+    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = ops_quantize.quantize(
+        q,
+        k,
+        v,
+        rotary_cos,
+        rotary_sin,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        recipe.qk_scale,
+        recipe.v_scale,
+        recipe.hadamard,
+        recipe.seed,
+        recipe.smooth_k,
+        recipe.transpose_v,
+        checks.flag("rotary_interleaved", rotary_interleaved),
+        rotary_q_offset,
+        checks.integer("rotary_k_offset", rotary_k_offset),
     )
-    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = outputs
     return Quantized(
         q=new_q,
         k=new_k,

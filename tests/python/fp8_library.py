@@ -21,8 +21,8 @@ INTS = [
     *("causal", "window_left", "window_right", "sm_margin", "out_dtype", "accumulation"),
     *("v_transposed", "q_descale_tokens", "k_descale_tokens", "q_descale_per_kv"),
 ]
-POINTERS = ["q", "k", "v", "out", "lse", "q_descale", "k_descale", "v_descale", "v_token_factor"]
-POINTERS += ["sink"]
+POINTERS = ["q", "k", "v", "q_descale", "k_descale", "v_descale", "v_token_factor", "out", "lse"]
+POINTERS += ["workspace", "stream", "sink"]
 
 
 class FakeLibrary:
@@ -30,12 +30,19 @@ class FakeLibrary:
 
     def __init__(self):
         self.calls = []
+        self.pointers = []
+        self.prepared = 0
 
-    def forward_fp8(self, pointers, longs, ints, softmax_scale, softcap, workspace, stream):
+    def prepare_fp8(self, longs, ints, softmax_scale, softcap):
+        assert len(longs) == 21
+        self.prepared += 1
+        return lambda *pointers: self.forward(pointers, longs, ints, softmax_scale, softcap)
+
+    def forward(self, pointers, longs, ints, softmax_scale, softcap):
         p = dict(zip(POINTERS, pointers, strict=True))
         n = dict(zip(INTS, ints, strict=True))
-        assert len(longs) == 21
-        assert stream == STREAM
+        assert p.pop("stream") == STREAM
+        self.pointers.append(p)
         self.calls.append(n | {"softmax_scale": softmax_scale, "softcap": softcap, "longs": longs})
         q, k, v, out = self.tensors(p, n, longs)
         window = (n["window_left"], n["window_right"])
@@ -110,7 +117,9 @@ def install(monkeypatch):
     workspace = torch.zeros(64, dtype=torch.uint8)
     monkeypatch.setattr(_library, "_module", fake)
     monkeypatch.setattr(ops_fp8, "forward_fp8", ops_fp8._forward_cuda)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(ops_fp8, "_plans", {})
+    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
     monkeypatch.setattr(ops, "_workspace", lambda *arguments: workspace)
     return fake

@@ -112,3 +112,41 @@ def test_prepare_refuses_what_the_struct_cannot_hold():
         _library.load().prepare(*arguments()[:-1])
     with pytest.raises(TypeError):
         _library.load().prepare(*arguments()[:-1], 2**40)
+
+
+# a contiguous problem of one head of 64 tokens and 64 channels
+FP8_LONGS = (*STRIDES * 4, *(0,) * 9)
+
+
+def fp8_ints(heads_kv=2):
+    return (1, 64, 64, 2, heads_kv, 64, 64, True, -1, 0, 0, 1, 0, 0, 0, 0, 0)
+
+
+def test_a_prepared_call_of_e4m3_takes_twelve_addresses():
+    call = _library.load().prepare_fp8(FP8_LONGS, fp8_ints(), 0.125, 0.0)
+    with pytest.raises(TypeError, match="takes 12 addresses, got 8"):
+        call(*range(8))
+    with pytest.raises(OverflowError):
+        call(*[16] * 11, -1)
+    wrong = _library.load().prepare_fp8(FP8_LONGS, fp8_ints(heads_kv=3), 0.125, 0.0)
+    with pytest.raises(ValueError, match="heads_kv is 3, which does not divide heads is 2"):
+        wrong(*[16] * 12)
+
+
+def test_a_prepared_quantizer_takes_seventeen_addresses():
+    def prepare(packed, dtype):
+        ints = (dtype, 3, 64, 64, 2, 2, 64, 64, 2, 4, 1, 0, 1, 0, 0, 0, 0)
+        return _library.load().prepare_quantize(packed, (*STRIDES * 6, 0, 0), ints, (0,) * 8)
+
+    call, dense_bytes = prepare(False, 1)
+    assert dense_bytes > 0
+    assert prepare(True, 1)[1] > 0
+    with pytest.raises(TypeError, match="takes 17 addresses, got 12"):
+        call(*range(12))
+    with pytest.raises(OverflowError):
+        call(*[16] * 16, -1)
+    wrong, no_bytes = prepare(False, 2)
+    assert no_bytes == 0
+    for _ in range(2):
+        with pytest.raises(ValueError, match="dtype is 2; allowed are 0 to 1"):
+            wrong(*[16] * 17)

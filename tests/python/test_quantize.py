@@ -267,11 +267,16 @@ def test_wrong_tensors():
 class Recorder:
     """Stands in for the library's quantizer."""
 
-    def quantize_workspace_bytes(self, packed, ints):
-        self.asked = packed
-        return 1000
+    def __init__(self):
+        self.prepared = 0
 
-    def quantize(self, pointers, longs, ints, sign_bits, workspace, stream):
+    def prepare_quantize(self, packed, *arguments):
+        self.packed = packed
+        self.prepared += 1
+        return lambda *addresses: self.quantize(addresses, *arguments), 1000
+
+    def quantize(self, addresses, longs, ints, sign_bits):
+        *pointers, workspace, stream = addresses
         self.call = (pointers, longs, ints, sign_bits)
         assert workspace % 16 == 0
         assert stream == 77
@@ -281,7 +286,9 @@ class Recorder:
 def recorder(monkeypatch):
     library = Recorder()
     monkeypatch.setattr(_library, "_module", library)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)  # get_device() of a CPU tensor
+    monkeypatch.setattr(ops_quantize, "_plans", {})
+    monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
+    monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: 77)
     return library
 
@@ -295,14 +302,14 @@ def test_what_reaches_the_library(recorder):
         *("token", "token", True, 5, True, True, True, None, 9),
     )
     pointers, longs, ints, sign_bits = recorder.call
-    assert not recorder.asked
+    assert not recorder.packed
     assert pointers[:3] == [q.data_ptr(), k.data_ptr(), v.data_ptr()]
-    assert pointers[3:11] == [x.data_ptr() for x in outputs]
-    assert pointers[11:] == [0, 0, cos.data_ptr(), sin.data_ptr()]
-    assert longs[:9] == [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]]
-    assert longs[9:15] == [130 * 4 * 80, 4 * 80, 80, 257 * 2 * 80, 2 * 80, 80]
-    assert longs[15:18] == [2 * 40 * 384, 384, 40 * 384]  # batch, channel, head
-    assert longs[18:] == [9, 9]
+    assert pointers[3:7] == [0, 0, cos.data_ptr(), sin.data_ptr()]
+    assert pointers[7:] == [x.data_ptr() for x in outputs]
+    assert longs[:9] == (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
+    assert longs[9:15] == (130 * 4 * 80, 4 * 80, 80, 257 * 2 * 80, 2 * 80, 80)
+    assert longs[15:18] == (2 * 40 * 384, 384, 40 * 384)  # batch, channel, head
+    assert longs[18:] == (9, 9)
     assert ints == (1, 2, 130, 257, 4, 2, 72, 40, 3, 3, 1, 1, 1, 48, 300, 1, 1)
     negative = signs(72, 5) < 0
     assert [bool(sign_bits[c // 32] >> c % 32 & 1) for c in range(72)] == negative.tolist()
@@ -318,10 +325,11 @@ def test_what_reaches_the_library_packed(recorder):
         *("block", "channel", False, 5, False, False, False, 3, 0),
     )
     pointers, longs, ints, sign_bits = recorder.call
-    assert recorder.asked
-    assert pointers[11:] == [*(x.data_ptr() for x in bounds.values()), 0, 0]
-    assert longs[:9] == [0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2]]
-    assert longs[9:18] == [0, 4 * 32, 32, 0, 2 * 32, 32, 0, 2 * 48, 48]
+    assert recorder.packed
+    assert pointers[3:7] == [*(x.data_ptr() for x in bounds.values()), 0, 0]
+    assert pointers[7:] == [x.data_ptr() for x in outputs]
+    assert longs[:9] == (0, *q.stride()[:2], 0, *k.stride()[:2], 0, *v.stride()[:2])
+    assert longs[9:18] == (0, 4 * 32, 32, 0, 2 * 32, 32, 0, 2 * 48, 48)
     assert ints == (1, 2, 133, 82, 4, 2, 24, 40, 2, 4, 0, 0, 0, 0, 0, 0, 0)
     assert not any(sign_bits)
     assert [x.shape for x in outputs[3:]] == [(4, 3), (2, 2), (2, 2, 40), (0,), (0,)]

@@ -14,6 +14,7 @@ from hopper_attention.bench.backward_suites import run_backward, run_backward_rm
 from hopper_attention.bench.contestants import Contestant
 from hopper_attention.bench.fp8_accuracy import run_fp8_accuracy
 from hopper_attention.bench.gradients import GRADIENTS_NOTE
+from hopper_attention.bench.host import has_parts, run_host_parts
 from hopper_attention.bench.quantizer import run_quantize
 from hopper_attention.bench.rmse import run_rmse
 from hopper_attention.bench.runner import Outcome, Progress, run_timed
@@ -81,7 +82,8 @@ class Session:
     def steps(self) -> int:
         """Counts the calls that `run` makes of its argument progress."""
         twice = ("rmse", "backward-rmse")  # once for each distribution
-        return 2 + sum(len(shapes) * (2 if suite in twice else 1) for suite, shapes in self.plan)
+        steps = 2 + sum(len(shapes) * (2 if suite in twice else 1) for suite, shapes in self.plan)
+        return steps + sum(sum(map(has_parts, s)) for suite, s in self.plan if suite == "host")
 
     def run(self, progress: Progress) -> None:
         """Measures everything; results are saved shape by shape.
@@ -133,6 +135,8 @@ class Session:
         else:
             contestants = self.fp8 if suite == "fp8" else self.contestants
             run_timed(suite, shapes, contestants, self.outcome, reps=self.reps, **common)
+        if suite == "host":
+            run_host_parts(shapes, self.contestants, self.outcome, reps=self.reps, **common)
 
     def _measure_ceilings(self, progress: Progress) -> None:
         progress("the card's ceilings")

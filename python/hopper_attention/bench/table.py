@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hopper_attention.bench import backward_table, fp8_table, varlen_table
 from hopper_attention.bench.contestants import OURS, PEERS
+from hopper_attention.bench.host import PARTS, compare_host
 from hopper_attention.bench.ratios import Comparison, RowRatio, compare_records, ratio_line
 from hopper_attention.bench.records import Record
 from hopper_attention.bench.rmse import STANDARD
@@ -43,13 +44,15 @@ def print_results(console: Console, records: Sequence[Record]) -> None:
         if suite in FP8_SUITES:
             _print_fp8(console, suite, records)
             continue
-        comparisons = compare_records(records, suite)
+        comparisons = compare_host(records) if suite == "host" else compare_records(records, suite)
         if suite in ("forward", "backward"):
             of_forward = backward_table.BACKWARD_RATIOS[:1]
             rows = of_forward if suite == "forward" else backward_table.BACKWARD_RATIOS
             console.print(_grid_table(console, f"{suite}, bf16, TFLOP/s", comparisons, rows))
         else:
             console.print(_list_table(console, suite, comparisons))
+        if suite == "host":
+            _print_host_parts(console, records)
         lines = [summary_line(suite, comparisons)]
         if suite in BACKWARD_SUITES:
             lines += backward_table.deterministic_lines(suite, comparisons)
@@ -113,9 +116,16 @@ def _print_varlen(console: Console, records: Sequence[Record]) -> None:
         comparisons = varlen_table.compare_varlen(records, part)
         if not comparisons:
             continue
-        console.print(_list_table(console, f"varlen {part}", comparisons))
+        console.print(_list_table(console, "varlen", comparisons, part))
         for line in varlen_table.varlen_lines(part, comparisons):
             console.print(line, soft_wrap=True, markup=False)
+
+
+def _print_host_parts(console: Console, records: Sequence[Record]) -> None:
+    """Prints a table for each of the suite's parts beyond the forward pass that was measured."""
+    for part in PARTS:
+        if comparisons := compare_host(records, part):
+            console.print(_list_table(console, "host", comparisons, part))
 
 
 def _rates_table(console: Console, records: Sequence[Record]) -> Table:
@@ -215,12 +225,14 @@ def _grid_table(
     return table
 
 
-def _list_table(console: Console, suite: str, comparisons: Sequence[Comparison]) -> Table:
+def _list_table(
+    console: Console, suite: str, comparisons: Sequence[Comparison], part: str = ""
+) -> Table:
     """A row for each shape, a column for each implementation."""
     unit = "µs of the host's time a call" if suite == "host" else "TFLOP/s"
     if suite in BACKWARD_SUITES:
         unit += "; det: deterministic"
-    table = _new_table(console, f"{suite}, {unit}")
+    table = _new_table(console, f"{suite}{part and f' {part}'}, {unit}")
     table.add_column("shape", no_wrap=True)
     names = _implementations(comparisons)
     for name in names:

@@ -15,11 +15,12 @@ _SUITES_HELP = (
     "What to measure: forward, forward-shapes, host, rmse, backward, backward-shapes, "
     "backward-rmse, varlen, fp8, quantize, fp8-accuracy, or all. "
     "forward: bf16, d 64, 128, 256, 16,384 tokens; forward-shapes: other head dims, GQA, windows, "
-    "fp16; host: the host's time a call; rmse: errors of whole outputs; backward: the backward "
-    "pass alone, deterministic too, on forward's shapes from 1k on; backward-shapes: on other head "
-    "dims, GQA, windows; backward-rmse: errors of dQ, dK and dV; varlen: packed batches, both "
-    "passes, beside dense ones; fp8: forward's shapes in e4m3; quantize: the quantizer alone and "
-    "with attention; fp8-accuracy: errors by recipe and by context."
+    "fp16; host: the host's time a call, through autograd and in FP8 too; rmse: errors of whole "
+    "outputs; backward: the backward pass alone, deterministic too, on forward's shapes from 1k "
+    "on; backward-shapes: on other head dims, GQA, windows; backward-rmse: errors of dQ, dK and "
+    "dV; varlen: packed batches, both passes, beside dense ones; fp8: forward's shapes in e4m3; "
+    "quantize: the quantizer alone and with attention; fp8-accuracy: errors by recipe and by "
+    "context."
 )
 
 
