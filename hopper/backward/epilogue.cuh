@@ -3,7 +3,7 @@
 
 #include "backward/halves_mma.cuh"
 #include "backward/late_mma.cuh"
-#include "backward/paired_mma.cuh"
+#include "backward/thirds_mma.cuh"
 
 namespace hopper_attention {
 
@@ -97,17 +97,20 @@ CUTE_DEVICE void store_dk(BackwardParams const& params, KeyTile const& tile,
       gradient_place<Traits>(tile, shared), consumer, part, thread);
 }
 
-// All keys of a gradient that one of two consumers in halves has, transposed: (columns x keys).
+// All keys of the columns of a gradient that are a consumer's, transposed: (columns x keys).
 template <class Traits, bool kValues, class Gradient>
-CUTE_DEVICE void store_half(BackwardParams const& params, KeyTile const& tile,
-                            typename Traits::SharedStorage& shared, int thread,
+CUTE_DEVICE void store_part(BackwardParams const& params, KeyTile const& tile,
+                            typename Traits::SharedStorage& shared, int consumer, int thread,
                             Gradient& gradient) {
   using namespace cute;
   using Element = typename Traits::Element;
-  using Half = HalvesTraits<Traits>;
+  using Part = PartTraits<Traits>;
   constexpr int kRows = Traits::kTileN;
-  constexpr int kColumns = kValues ? Traits::kHeadDimV : Traits::kHeadDim;
+  constexpr int kAllColumns = kValues ? Traits::kHeadDimV : Traits::kHeadDim;
+  constexpr int kParts = gradient_parts(Traits::kConfig, kAllColumns);
+  constexpr int kColumns = kAllColumns / kParts;
   constexpr int kSlab = kValues ? Traits::kSlabV : Traits::kSlabK;
+  const int part = kParts == 1 ? 0 : consumer;
   Element* const buffer = kValues ? shared.v : shared.k;
   const GradientPlace place = gradient_place<Traits>(tile, shared);
   const float scale = kValues ? 1.0f : params.softmax_scale;
@@ -121,17 +124,18 @@ CUTE_DEVICE void store_half(BackwardParams const& params, KeyTile const& tile,
   Tensor rounded = make_tensor<Element>(gradient.layout());
   convert_fragment<Element>(gradient, rounded);
   using LayoutStored =
-      cute::conditional_t<kValues, typename Half::LayoutDvt, typename Half::LayoutDkt>;
+      cute::conditional_t<kValues, typename Part::LayoutDvt, typename Part::LayoutDkt>;
   Tensor stored = make_tensor(make_smem_ptr(buffer), LayoutStored{});
-  auto copy_out =
-      make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, typename Half::MmaGradient{});
-  auto thread_copy = copy_out.get_thread_slice(thread);
+  using MmaGradient = typename Part::template MmaGradient<kValues>;
+  auto copy_out = make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, MmaGradient{});
+  auto thread_copy = copy_out.get_thread_slice(part * kWarpgroupThreads + thread);
   copy(copy_out, thread_copy.retile_S(rounded), thread_copy.partition_D(stored));
   tma_store_fence();  // what TMA reads was written by ordinary stores
-  sync_consumer(kValues ? 0 : 1);
+  sync_consumer(consumer);
   if (thread != 0) return;
   CUTE_UNROLL
-  for (int column = 0; column < kColumns; column += kSlab) {
+  for (int i = 0; i < kColumns; i += kSlab) {
+    const int column = part * kColumns + i;
     store_slab<Traits>(kValues ? params.dv : params.dk, buffer + column * kRows, column,
                        place.origin.row + place.row, place);
   }

@@ -14,10 +14,11 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
   barriers.k_full.init(1);
   barriers.v_full.init(1);
   for (int i = 0; i < Traits::kStages; ++i) {
+    const bool of_dout = i < Traits::kDoutStages;
     barriers.q_full[i].init(1);
-    barriers.dout_full[i].init(1);
+    if (of_dout) barriers.dout_full[i].init(1);
     barriers.q_empty[i].init(kConsumerWarps);
-    barriers.dout_empty[i].init(kConsumerWarps);
+    if (of_dout) barriers.dout_empty[i].init(kConsumerWarps);
   }
   for (int i = 0; i < Traits::kDsStages; ++i) {
     barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
@@ -46,10 +47,22 @@ CUTE_DEVICE auto make_dv() {
 template <class Traits, bool kValues>
 CUTE_DEVICE void consume_half(BackwardParams const& params, KeyTile const& tile,
                               typename Traits::SharedStorage& shared, int thread) {
-  auto gradient = make_half_gradient<Traits, kValues>();
+  auto gradient = make_part_gradient<Traits, kValues>();
   accumulate_half<Traits, kValues>(params, tile, shared, thread, gradient);
   sync_consumers(Traits::kConsumers);
-  store_half<Traits, kValues>(params, tile, shared, thread, gradient);
+  store_part<Traits, kValues>(params, tile, shared, kValues ? 0 : 1, thread, gradient);
+}
+
+// kValues: the consumer has columns of dV.
+template <class Traits, bool kValues>
+CUTE_DEVICE void consume_third(BackwardParams const& params, KeyTile const& tile,
+                               typename Traits::SharedStorage& shared, int consumer, int thread) {
+  auto rdK = make_part_gradient<Traits, false>();
+  auto rdV = make_part_gradient<Traits, true>();
+  accumulate_third<Traits, kValues>(params, tile, shared, consumer, thread, rdK, rdV);
+  sync_consumers(Traits::kConsumers);
+  if constexpr (kValues) store_part<Traits, true>(params, tile, shared, consumer, thread, rdV);
+  store_part<Traits, false>(params, tile, shared, consumer, thread, rdK);
 }
 
 template <class Traits>
@@ -61,6 +74,13 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
       consume_half<Traits, true>(params, tile, shared, thread);
     } else {
       consume_half<Traits, false>(params, tile, shared, thread);
+    }
+  } else if constexpr (Traits::kThirds) {
+    constexpr int kWithValues = gradient_parts(Traits::kConfig, Traits::kHeadDimV);
+    if (kWithValues == Traits::kConsumers || consumer < kWithValues) {
+      consume_third<Traits, true>(params, tile, shared, consumer, thread);
+    } else if constexpr (kWithValues < Traits::kConsumers) {
+      consume_third<Traits, false>(params, tile, shared, consumer, thread);
     }
   } else if constexpr (!Traits::kPaired) {
     auto rdK = make_dk<Traits>();

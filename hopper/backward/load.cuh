@@ -88,6 +88,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   };
   bool first = true;
   Ring<Traits::kStages> ring;
+  Ring<Traits::kDoutStages> dout_ring;
   for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     const int stage = ring.stage;
     const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
@@ -111,14 +112,16 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
                                                   tile.n_block * kN, tile.head_kv, tile.wrap);
       first = false;
     }
-    FullBarrier& dout_full = barriers.dout_full[stage];
-    barriers.dout_empty[stage].wait(ring.phase ^ 1);
+    const int dout_stage = dout_ring.stage;
+    FullBarrier& dout_full = barriers.dout_full[dout_stage];
+    barriers.dout_empty[dout_stage].wait(dout_ring.phase ^ 1);
     dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kStatisticsBytes);
     load_slabs<Traits, Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
-                                                shared.dout[stage], tile.q, m_block * kM, head,
+                                                shared.dout[dout_stage], tile.q, m_block * kM, head,
                                                 tile.wrap);
-    load_statistics(dout_full, shared.delta[stage], params.workspace.delta, head, m_block);
+    load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
     ring.advance();
+    dout_ring.advance();
   }
 }
 

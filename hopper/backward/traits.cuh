@@ -1,6 +1,6 @@
 // Everything that a backward config settles at compile time: layouts, MMA atoms, shared storage.
 //
-// All products have K's rows, the keys, or dQ's as the tile's M; those of halves_mma.cuh have
+// All products have K's rows, the keys, or dQ's as the tile's M; those of part_mma.cuh have
 // others. With a block's keys as rows, P and dS come out of S^T = K Q^T and dP^T = V dO^T as the
 // register operands of dV = P^T dO and dK = dS^T Q; only dQ = dS K, which sums over the keys of all
 // consumers, reads dS from shared memory.
@@ -42,6 +42,7 @@ struct BackwardTraits {
   static constexpr int kHeadDim = kConfig.key.head_dim;
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kDoutStages = kConfig.dout_stages;
   static constexpr int kDsStages = kConfig.ds_stages;
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
@@ -52,6 +53,7 @@ struct BackwardTraits {
   static constexpr bool kLateDq = kConfig.late_dq;
   static constexpr bool kPaired = is_paired(kConfig);
   static constexpr bool kHalves = in_halves(kConfig);
+  static constexpr bool kThirds = in_thirds(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
   static constexpr bool kDqBulk = kConfig.dq_path == DqPath::kBulk;
@@ -66,6 +68,7 @@ struct BackwardTraits {
   using D = cute::Int<kHeadDim>;
   using Dv = cute::Int<kHeadDimV>;
   using Stages = cute::Int<kStages>;
+  using DoutStages = cute::Int<kDoutStages>;
   using Rows = cute::Int<kConsumerRows>;
   using Consumers = cute::Int<kConsumers>;
 
@@ -81,13 +84,13 @@ struct BackwardTraits {
       cute::conditional_t<columns == 32, cute::GMMA::Layout_MN_SW64_Atom<Element>,
                           cute::GMMA::Layout_MN_SW32_Atom<Element>>>;
   using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D, Stages>{}));
-  using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, Stages>{}));
+  using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, DoutStages>{}));
   using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D>{}));
   using LayoutV = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<N, Dv>{}));
   // The same memory, read as the transpose.
   using LayoutQt = decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
                                                 cute::Step<cute::_2, cute::_1, cute::_3>{}));
-  using LayoutDot = decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, Stages>{},
+  using LayoutDot = decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, DoutStages>{},
                                                  cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutKt = decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N>{},
                                                 cute::Step<cute::_2, cute::_1>{}));
@@ -153,9 +156,9 @@ struct BackwardTraits {
     FullBarrier k_full;
     FullBarrier v_full;
     FullBarrier q_full[kStages];
-    FullBarrier dout_full[kStages];
+    FullBarrier dout_full[kDoutStages];
     EmptyBarrier q_empty[kStages];
-    EmptyBarrier dout_empty[kStages];
+    EmptyBarrier dout_empty[kDoutStages];
     EmptyBarrier ds_full[kDsStages];
     EmptyBarrier ds_empty[kDsStages];
     EmptyBarrier p_full;
@@ -168,13 +171,13 @@ struct BackwardTraits {
     Element k[kTileN * kHeadDim];   // dK when the block is done
     Element v[kTileN * kHeadDimV];  // dV likewise
     Element q[kStages][kQElements];
-    Element dout[kStages][kDoElements];
+    Element dout[kDoutStages][kDoElements];
     Element ds[kDsStages][kDsElements];
-    Element p16[kHalves ? kDsStages : 0][kDsElements];  // P, as ds
-    float dq[dq_bytes(kConfig) / sizeof(float)];        // a consumer's after the other
+    Element p16[shares_keys(kConfig) ? kDsStages : 0][kDsElements];  // P, as ds
+    float dq[dq_bytes(kConfig) / sizeof(float)];                     // a consumer's after the other
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
-    float delta[kStages][kTileM];
+    float delta[kDoutStages][kTileM];
     SharedTile tile[kRagged ? 1 : 0];
     Barriers barriers;
   };

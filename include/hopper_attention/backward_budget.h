@@ -14,9 +14,19 @@ constexpr int num_threads(const BackwardConfig& config) {
 }
 constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
 constexpr bool in_halves(const BackwardConfig& config) { return config.roles == Roles::kHalves; }
+constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == Roles::kThirds; }
+// Consumers that share a block's keys: each has the scores of some, and gradients of all.
+constexpr bool shares_keys(const BackwardConfig& config) {
+  return in_halves(config) || in_thirds(config);
+}
+// Of those: consumers that have columns of a gradient, in halves one, in thirds as far as there are
+// 64 for each.
+constexpr int gradient_parts(const BackwardConfig& config, int columns) {
+  return in_thirds(config) ? columns / kConsumerRows : 1;
+}
 // Keys of dK and dV that one consumer stores.
 constexpr int gradient_rows(const BackwardConfig& config) {
-  return in_halves(config) ? config.tile_n : kConsumerRows;
+  return shares_keys(config) ? config.tile_n : kConsumerRows;
 }
 
 // Columns of one slab of K. dQ by columns reads K in pieces of whole slabs.
@@ -27,8 +37,11 @@ constexpr int key_slab_columns(const BackwardConfig& config) {
   return slab_columns(piece, kElementBytes);
 }
 
-constexpr int query_stage_bytes(const BackwardConfig& config) {
-  return config.tile_m * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
+constexpr int q_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * config.key.head_dim * kElementBytes;
+}
+constexpr int dout_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * config.key.head_dim_v * kElementBytes;
 }
 constexpr int key_bytes(const BackwardConfig& config) {
   return config.tile_n * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
@@ -50,16 +63,17 @@ constexpr int p_bytes(const BackwardConfig& config) {
 }
 // P in 16 bits, as many buffers as of dS.
 constexpr int p16_bytes(const BackwardConfig& config) {
-  return in_halves(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
+  return shares_keys(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
 }
 // LSE and delta of each stage's rows.
 constexpr int statistics_bytes(const BackwardConfig& config) {
-  return 2 * config.stages * config.tile_m * 4;
+  return (config.stages + config.dout_stages) * config.tile_m * 4;
 }
 // A full and an empty barrier for each stage of Q, dO and dS, for each consumer's dQ and for P; one
 // full barrier for K and one for V; 8 bytes each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
-  return 8 * (2 + 4 * config.stages + 2 * config.ds_stages + 2 * config.num_consumers + 2);
+  return 8 * (2 + 2 * (config.stages + config.dout_stages) + 2 * config.ds_stages +
+              2 * config.num_consumers + 2);
 }
 // Which key block is whose, where that is read from a list.
 constexpr bool is_ragged(const BackwardConfig& config) {
@@ -67,7 +81,8 @@ constexpr bool is_ragged(const BackwardConfig& config) {
 }
 constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config) ? 48 : 0; }
 constexpr int shared_bytes(const BackwardConfig& config) {
-  const int tensors = key_bytes(config) + config.stages * query_stage_bytes(config) +
+  const int tensors = key_bytes(config) + config.stages * q_stage_bytes(config) +
+                      config.dout_stages * dout_stage_bytes(config) +
                       config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
                       p_bytes(config) + p16_bytes(config);
   return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
@@ -76,7 +91,8 @@ constexpr int shared_bytes(const BackwardConfig& config) {
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
 // and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP;
-// of halves one gradient, transposed, and half of S and dP. Late, dQ is there beside both.
+// of halves one gradient, transposed, and half of S and dP; of thirds 64 columns of both gradients,
+// and a third of S and dP. Late, dQ is there beside both.
 constexpr int fragment_registers(const BackwardConfig& config) {
   const int dk = accumulator_registers(config.key.head_dim);
   const int dv = accumulator_registers(config.key.head_dim_v);
@@ -87,6 +103,10 @@ constexpr int fragment_registers(const BackwardConfig& config) {
     const int gradient = accumulator_registers(config.tile_n) * config.key.head_dim / kConsumerRows;
     const int half = accumulator_registers(config.tile_n / 2);
     return gradient + (dq > 2 * half ? dq : 2 * half);  // head_dim is at least head_dim_v
+  }
+  if (in_thirds(config)) {
+    const int part = accumulator_registers(config.tile_n / config.num_consumers);
+    return 2 * accumulator_registers(config.tile_n) + (dq > 2 * part ? dq : 2 * part);
   }
   if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
   if (config.late_dq) {
@@ -101,6 +121,35 @@ constexpr int ds_slab_columns(int columns) {
   return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16;
 }
 
+constexpr const char* halves_error(const BackwardConfig& config) {
+  if (config.tile_n % 32 != 0 || config.num_consumers != 2)
+    return "halves: 2 consumers, tile_n 32s";
+  if (config.dq_split != DqSplit::kColumns) return "halves: dQ by columns";
+  if (config.dq_path != DqPath::kDirect || config.dq_slices != 1)
+    return "halves: dQ directly, in one slice";
+  if (config.key.head_dim % kConsumerRows != 0 || config.key.head_dim_v % kConsumerRows != 0)
+    return "halves: head dims of 64s";
+  if (config.stages < 2 || config.ds_stages != config.stages)
+    return "halves: 2 stages or more, as many of dS";
+  if (config.ahead_scores || config.key.mask == MaskKind::kCapped)
+    return "halves: no S ahead, no soft cap";
+  return nullptr;
+}
+// The next step's S is issued before this one's Q is given back, so there are two stages of Q. That
+// dO has one is what the consumers rely on (thirds_mma.cuh).
+constexpr const char* thirds_error(const BackwardConfig& config) {
+  if (config.num_consumers != 3 || config.tile_n % 48 != 0)
+    return "thirds: 3 consumers, tile_n 48s";
+  if (config.dq_split != DqSplit::kColumns || config.dq_slices != 1)
+    return "thirds: dQ by columns, in one slice";
+  if (config.key.head_dim != 3 * kConsumerRows || config.key.head_dim_v % kConsumerRows != 0)
+    return "thirds: head dim 192, V's 64s";
+  if (config.stages < 2) return "thirds: 2 stages of Q or more";
+  if (config.dout_stages != 1 || config.ds_stages != 1) return "thirds: one stage of dO and of dS";
+  if (config.ahead_scores) return "thirds: S is ahead as it is";
+  return nullptr;
+}
+
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const BackwardConfig& config) {
   const RegisterSplit split = register_split(config.num_consumers);
@@ -113,18 +162,8 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "a pair: 2 consumers, tile_n 64";
   if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
   if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
-  if (in_halves(config) && (config.tile_n % 32 != 0 || config.num_consumers != 2))
-    return "halves: 2 consumers, tile_n 32s";
-  if (in_halves(config) && dq_split != DqSplit::kColumns) return "halves: dQ by columns";
-  if (in_halves(config) && (config.dq_path != DqPath::kDirect || config.dq_slices != 1))
-    return "halves: dQ directly, in one slice";
-  if (in_halves(config) &&
-      (config.key.head_dim % kConsumerRows != 0 || config.key.head_dim_v % kConsumerRows != 0))
-    return "halves: head dims of 64s";
-  if (in_halves(config) && (config.stages < 2 || config.ds_stages != config.stages))
-    return "halves: 2 stages or more, as many of dS";
-  if (in_halves(config) && (config.ahead_scores || config.key.mask == MaskKind::kCapped))
-    return "halves: no S ahead, no soft cap";
+  if (in_halves(config) && halves_error(config) != nullptr) return halves_error(config);
+  if (in_thirds(config) && thirds_error(config) != nullptr) return thirds_error(config);
   if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";
   if (dq_split == DqSplit::kRows && config.tile_m != all_rows)
     return "dQ by rows: tile_m 64 a consumer";
@@ -135,7 +174,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (dq_split == DqSplit::kTransposedRows &&
       (config.key.head_dim != kConsumerRows || config.tile_m % (16 * config.num_consumers) != 0))
     return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
-  if (config.stages < 1 || config.ds_stages < 1) return "stages";
+  if (config.stages < 1 || config.dout_stages < 1 || config.ds_stages < 1) return "stages";
   if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
   if (config.late_dq && (config.roles != Roles::kAlike || !config.ahead_scores))
     return "dQ late: consumers alike, S ahead";
@@ -144,6 +183,8 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (config.late_dq && config.dq_slices != 1) return "dQ late: one slice";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
   if (fragment_registers(config) + 20 > split.consumer) return "registers";
+  if (!in_thirds(config) && config.dout_stages != config.stages)
+    return "as many stages of dO as of Q";
   return nullptr;
 }
 

@@ -28,6 +28,8 @@ enum class Roles : int {
                 // second's, which P reaches through shared memory
   kHalves = 2,  // two share tile_n keys: S, P, dP and dS of half of them are each one's, dV the
                 // first's and dK the second's, which P and dS reach through shared memory
+  kThirds = 3,  // three share tile_n keys: S, P, dP and dS of a third of them are each one's, and
+                // 64 columns of dQ, dK and dV; P and dS pass through shared memory
 };
 
 // How the consumers of a block share the product dQ = dS K, (tile_m x head_dim).
@@ -48,8 +50,9 @@ struct BackwardConfig {
   BackwardKey key;
   int tile_m;         // query rows a step
   int tile_n;         // keys a block: kConsumerRows for each consumer alike, or for both of a pair
-  int stages;         // buffers of Q, and as many of dO
-  int ds_stages;      // buffers of dS
+  int stages;         // buffers of Q
+  int dout_stages;    // of dO, at most as many
+  int ds_stages;      // of dS
   int num_consumers;  // warpgroups that multiply
   Roles roles;
   DqSplit dq_split;
@@ -71,38 +74,43 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   constexpr Roles kAlike = Roles::kAlike;
   constexpr Roles kPaired = Roles::kPaired;
   constexpr Roles kHalves = Roles::kHalves;
+  constexpr Roles kThirds = Roles::kThirds;
   constexpr DqSplit kColumns = DqSplit::kColumns;
   constexpr DqSplit kRows = DqSplit::kRows;
   constexpr DqPath kDirect = DqPath::kDirect;
   constexpr DqPath kBulk = DqPath::kBulk;
   const bool ahead = key.mask != MaskKind::kCapped;  // tanh leaves no registers for it
   // clang-format off
-  // {key, tile_m, tile_n, stages, dS stages, consumers, roles, dQ's split, slices, path, S ahead,
-  //  K in registers, late dQ, reason}
+  // {key, tile_m, tile_n, stages of Q, dO and dS, consumers, roles, dQ's split, slices, path,
+  //  S ahead, K in registers, late dQ, reason}
   switch (key.head_dim) {
     case 64:
       return key.mask == MaskKind::kMasked
-        ? BackwardConfig{key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kBulk, ahead, false, false,
+        ? BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kBulk, ahead, false, false,
                          "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order"}
-        : BackwardConfig{key, 128, 128, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead, false, false,
+        : BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead, false, false,
                          "S and dP 64 registers each, dK and dV 32 each"};
     case 96:
       return key.mask == MaskKind::kCapped
-        ? BackwardConfig{key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
+        ? BackwardConfig{key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
                          "tanh leaves no registers for K and S ahead"}
-        : BackwardConfig{key, 64, 128, 3, 3, 2, kAlike, kColumns, 1, kBulk, ahead, true, true,
+        : BackwardConfig{key, 64, 128, 3, 3, 3, 2, kAlike, kColumns, 1, kBulk, ahead, true, true,
                          "24 registers for K: 1 to 13% faster with dQ a step late"};
     case 128:
-      return {key, 64, 128, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
+      return {key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
               "64 rows: S and dP 32 registers each beside dK and dV of 64 each"};
     case 192:
+      if (key.head_dim_v == 192) {
+        return {key, 64, 96, 2, 1, 1, 3, kThirds, kColumns, 1, kBulk, false, false, false,
+                "64 columns of dK and dV each, room for bulk adds: 9 to 19% faster than halves"};
+      }
       return key.mask == MaskKind::kCapped
-        ? BackwardConfig{key, 64, 64, 2, 2, 2, kPaired, kColumns, 1, kDirect, false, false, false,
-                         "64 keys for both consumers: tanh leaves no registers for 96"}
-        : BackwardConfig{key, 64, 96, 2, 2, 2, kHalves, kColumns, 1, kDirect, false, false, false,
-                         "96 keys for both, dK of 144 registers: 8 to 26% faster than pairs of 64"};
+        ? BackwardConfig{key, 64, 64, 2, 2, 2, 2, kPaired, kColumns, 1, kDirect, false, false,
+                         false, "64 keys for both consumers: tanh leaves no registers for 96"}
+        : BackwardConfig{key, 64, 96, 2, 2, 2, 2, kHalves, kColumns, 1, kDirect, false, false,
+                         false, "96 keys for both, dK of 144 registers: 10 to 26% over pairs"};
     default:
-      return {key, 64, 64, 2, 2, 2, kPaired, kColumns, 2, kDirect, false, false, false,
+      return {key, 64, 64, 2, 2, 2, 2, kPaired, kColumns, 2, kDirect, false, false, false,
               "64 keys for both consumers: dK of 128 registers in one, dV in the other; 226 KiB"};
   }
   // clang-format on

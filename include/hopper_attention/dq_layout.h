@@ -58,7 +58,11 @@ constexpr bool operator==(const DqLayout& a, const DqLayout& b) {
          a.num_consumers == b.num_consumers && a.slices == b.slices;
 }
 
+// By columns in one slice, consumers follow one another as their columns do: the layout is the same
+// for any number of them.
 constexpr DqLayout make_dq_layout(const BackwardConfig& config) {
+  if (config.dq_split == DqSplit::kColumns && config.dq_slices == 1)
+    return {config.dq_split, config.tile_m, config.key.head_dim, 1, 1};
   return {config.dq_split, config.tile_m, config.key.head_dim, config.num_consumers,
           config.dq_slices};
 }

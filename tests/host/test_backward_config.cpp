@@ -122,14 +122,69 @@ void halves_are_refused_where_they_cannot_run() {
 
 // dK^T of all keys, S and dP of half of them; half of dQ in their place.
 void halves_count_every_fragment() {
-  const BackwardKey key{Dtype::kBfloat16, 192, 192, MaskKind::kMasked};
+  const BackwardKey key{Dtype::kBfloat16, 192, 128, MaskKind::kMasked};
   BackwardConfig config = make_backward_config(key);
   CHECK(fragment_registers(config) == 144 + 24 + 24);
   config.tile_n = 64;
   CHECK(fragment_registers(config) == 96 + 48);
 }
 
-// What one TMA store of dK or dV takes: a consumer's keys, or in halves all.
+// What the consumers do not wait for rests on the number of buffers.
+void thirds_are_refused_where_they_cannot_run() {
+  using Change = void (*)(BackwardConfig&);
+  const Change changes[] = {
+      [](BackwardConfig& c) { c.tile_n = 80; },
+      [](BackwardConfig& c) { c.num_consumers = 2; },
+      [](BackwardConfig& c) { c.dq_split = DqSplit::kTransposed; },
+      [](BackwardConfig& c) { c.dq_slices = 2; },
+      [](BackwardConfig& c) { c.key.head_dim = 256; },
+      [](BackwardConfig& c) { c.key.head_dim_v = 96; },
+      [](BackwardConfig& c) { c.stages = 1; },
+      [](BackwardConfig& c) { c.dout_stages = 2; },
+      [](BackwardConfig& c) { c.ds_stages = 2; },
+      [](BackwardConfig& c) { c.ahead_scores = true; },
+  };
+  const BackwardKey key{Dtype::kBfloat16, 192, 192, MaskKind::kMasked};
+  const BackwardConfig config = make_backward_config(key);
+  check::context = "d192";
+  CHECK(in_thirds(config) && config_error(config) == nullptr);
+  for (const Change change : changes) {
+    BackwardConfig changed = config;
+    change(changed);
+    const char* error = config_error(changed);
+    check::context = error ? error : "no error";
+    CHECK(error != nullptr && std::string(error).find("thirds") == 0);
+  }
+  BackwardConfig wide = config;
+  wide.tile_n = 144;  // dK and dV of 72 registers each
+  check::context = "144 keys";
+  CHECK(config_error(wide) != nullptr);
+}
+
+// 64 columns of dK^T and dV^T; a third of dQ, or S and dP of a third of the keys in its place.
+void thirds_count_every_fragment() {
+  const BackwardKey key{Dtype::kBfloat16, 192, 192, MaskKind::kMasked};
+  BackwardConfig config = make_backward_config(key);
+  CHECK(fragment_registers(config) == 48 + 48 + 32);
+  config.tile_n = 144;
+  CHECK(fragment_registers(config) == 72 + 72 + 24 + 24);
+}
+
+// Each column of dK and dV is one consumer's: in halves all are one's, in thirds 64 each.
+void gradients_have_parts() {
+  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
+    const BackwardConfig config = make_backward_config(row.key);
+    check::context = row.name;
+    for (const int columns : {row.key.head_dim, row.key.head_dim_v}) {
+      const int parts = gradient_parts(config, columns);
+      CHECK(parts <= config.num_consumers && columns % parts == 0);
+      if (in_thirds(config)) CHECK(columns / parts == 64);
+      if (in_halves(config)) CHECK(parts == 1);
+    }
+  }
+}
+
+// What one TMA store of dK or dV takes: a consumer's keys, or where they are shared all.
 void gradients_leave_in_boxes_of_their_rows() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     check::context = row.name;
@@ -158,11 +213,12 @@ int tensor_bytes(const BackwardConfig& config) {
   int total = 0;
   for (int key = 0; key < config.tile_n; ++key) total += 2 * columns;
   for (int row = 0; row < config.tile_m; ++row) {
-    total += config.stages * (2 * columns + 4 + 4);
+    total += config.stages * (2 * config.key.head_dim + 4);
+    total += config.dout_stages * (2 * config.key.head_dim_v + 4);
     total += config.ds_stages * config.tile_n * 2;
     if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
     if (config.roles == Roles::kPaired) total += config.tile_n * 4;
-    if (config.roles == Roles::kHalves) total += config.ds_stages * config.tile_n * 2;
+    if (shares_keys(config)) total += config.ds_stages * config.tile_n * 2;
   }
   return total;
 }
@@ -232,7 +288,16 @@ void every_element_of_dq_has_one_place() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     if (row.key.dtype != Dtype::kBfloat16) continue;
     check::context = row.name;
-    accumulator_places_are_those_of_the_threads(make_dq_layout(make_backward_config(row.key)));
+    const BackwardConfig config = make_backward_config(row.key);
+    const DqLayout layout = make_dq_layout(config);
+    const DqLayout own{config.dq_split, config.tile_m, config.key.head_dim, config.num_consumers,
+                       config.dq_slices};
+    accumulator_places_are_those_of_the_threads(own);
+    CHECK(layout.elements() == own.elements());
+    for (int group = 0; group < own.elements() / 4; ++group) {
+      const DqPosition found = layout(group), expected = own(group);
+      CHECK(found.row == expected.row && found.column == expected.column);
+    }
   }
   const DqLayout others[] = {
       {DqSplit::kRows, 128, 96, 2, 1},          {DqSplit::kRows, 192, 64, 3, 1},
@@ -249,7 +314,7 @@ void every_element_of_dq_has_one_place() {
 template <class Change>
 void refuses(const char* text, Change change) {
   // clang-format off
-  BackwardConfig config{{Dtype::kBfloat16, 128, 128, MaskKind::kMasked}, 64, 128, 2, 2, 2,
+  BackwardConfig config{{Dtype::kBfloat16, 128, 128, MaskKind::kMasked}, 64, 128, 2, 2, 2, 2,
                         Roles::kAlike, DqSplit::kColumns, 1, DqPath::kDirect, false, false, false,
                         "an example"};
   // clang-format on
@@ -266,7 +331,8 @@ void what_cannot_be_built_is_refused() {
   refuses("tile_m", [](BackwardConfig& c) { c.tile_m = 72; });
   refuses("tile_n", [](BackwardConfig& c) { c.tile_n = 64; });
   refuses("stages", [](BackwardConfig& c) { c.stages = 0; });
-  refuses("shared memory", [](BackwardConfig& c) { c.stages = 6; });
+  refuses("stages of dO", [](BackwardConfig& c) { c.dout_stages = 1; });
+  refuses("shared memory", [](BackwardConfig& c) { c.stages = c.dout_stages = 6; });
   refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
   refuses("K in registers", [](BackwardConfig& c) { c.k_in_registers = true; });
   refuses("dQ late: consumers alike", [](BackwardConfig& c) { c.late_dq = true; });
@@ -291,6 +357,9 @@ int main() {
   late_dq_counts_every_fragment();
   halves_are_refused_where_they_cannot_run();
   halves_count_every_fragment();
+  thirds_are_refused_where_they_cannot_run();
+  thirds_count_every_fragment();
+  gradients_have_parts();
   gradients_leave_in_boxes_of_their_rows();
   return check::result();
 }
