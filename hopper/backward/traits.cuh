@@ -43,6 +43,9 @@ struct BackwardTraits {
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kDsStages = kConfig.ds_stages;
+  static constexpr int kDoutStages = dout_stages(kConfig);
+  static constexpr int kCluster = kConfig.cluster;
+  static constexpr bool kClustered = is_clustered(kConfig);
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
   static constexpr bool kRagged = is_ragged(kConfig);
@@ -81,13 +84,14 @@ struct BackwardTraits {
       cute::conditional_t<columns == 32, cute::GMMA::Layout_MN_SW64_Atom<Element>,
                           cute::GMMA::Layout_MN_SW32_Atom<Element>>>;
   using LayoutQ = decltype(cute::tile_to_shape(AtomK<kSlab>{}, cute::Shape<M, D, Stages>{}));
-  using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, Stages>{}));
+  using DoutStages = cute::Int<kDoutStages>;
+  using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, DoutStages>{}));
   using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D>{}));
   using LayoutV = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<N, Dv>{}));
   // The same memory, read as the transpose.
   using LayoutQt = decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
                                                 cute::Step<cute::_2, cute::_1, cute::_3>{}));
-  using LayoutDot = decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, Stages>{},
+  using LayoutDot = decltype(cute::tile_to_shape(AtomMN<kSlabV>{}, cute::Shape<Dv, M, DoutStages>{},
                                                  cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutKt = decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N>{},
                                                 cute::Step<cute::_2, cute::_1>{}));
@@ -148,16 +152,18 @@ struct BackwardTraits {
   static constexpr int kDoElements = kTileM * kHeadDimV;
   static constexpr int kDsElements = kTileM * kTileN;
   static constexpr int kDqElements = dq_elements(kConfig) / kConsumers;  // one consumer's
+  static constexpr int kPeerColumns = peer_columns(kConfig);
 
   struct Barriers {
     FullBarrier k_full;
     FullBarrier v_full;
     FullBarrier q_full[kStages];
-    FullBarrier dout_full[kStages];
+    FullBarrier dout_full[kDoutStages];
     EmptyBarrier q_empty[kStages];
-    EmptyBarrier dout_empty[kStages];
+    EmptyBarrier dout_empty[kDoutStages];
     EmptyBarrier ds_full[kDsStages];
     EmptyBarrier ds_empty[kDsStages];
+    FullBarrier peer_ds_full[kClustered ? kDsStages : 0];
     EmptyBarrier p_full;
     EmptyBarrier p_empty;
     EmptyBarrier dq_full[kConsumers];
@@ -168,10 +174,12 @@ struct BackwardTraits {
     Element k[kTileN * kHeadDim];   // dK when the block is done
     Element v[kTileN * kHeadDimV];  // dV likewise
     Element q[kStages][kQElements];
-    Element dout[kStages][kDoElements];
+    Element dout[kDoutStages][kDoElements];
     Element ds[kDsStages][kDsElements];
     Element p16[kHalves ? kDsStages : 0][kDsElements];  // P, as ds
-    float dq[dq_bytes(kConfig) / sizeof(float)];        // a consumer's after the other
+    Element peer_k[kTileN * kPeerColumns];              // of a cluster's other block, as its dS
+    Element peer_ds[kClustered ? kDsStages : 0][kDsElements];
+    float dq[dq_bytes(kConfig) / sizeof(float)];  // a consumer's after the other
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
     float delta[kStages][kTileM];

@@ -14,6 +14,13 @@ constexpr int num_threads(const BackwardConfig& config) {
 }
 constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
 constexpr bool in_halves(const BackwardConfig& config) { return config.roles == Roles::kHalves; }
+constexpr bool is_clustered(const BackwardConfig& config) { return config.cluster > 1; }
+// Keys whose queries a block goes through: those of its cluster, or its own.
+constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster * config.tile_n; }
+// Columns of dQ that a block of a cluster adds, for which it has the other block's keys, too.
+constexpr int peer_columns(const BackwardConfig& config) {
+  return is_clustered(config) ? config.key.head_dim / config.cluster : 0;
+}
 // Keys of dK and dV that one consumer stores.
 constexpr int gradient_rows(const BackwardConfig& config) {
   return in_halves(config) ? config.tile_n : kConsumerRows;
@@ -27,8 +34,14 @@ constexpr int key_slab_columns(const BackwardConfig& config) {
   return slab_columns(piece, kElementBytes);
 }
 
-constexpr int query_stage_bytes(const BackwardConfig& config) {
-  return config.tile_m * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
+constexpr int dout_stages(const BackwardConfig& config) {
+  return config.dout_stages == 0 ? config.stages : config.dout_stages;
+}
+constexpr int q_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * config.key.head_dim * kElementBytes;
+}
+constexpr int dout_stage_bytes(const BackwardConfig& config) {
+  return config.tile_m * config.key.head_dim_v * kElementBytes;
 }
 constexpr int key_bytes(const BackwardConfig& config) {
   return config.tile_n * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
@@ -38,6 +51,12 @@ constexpr int ds_stage_bytes(const BackwardConfig& config) {
 }
 constexpr int dq_elements(const BackwardConfig& config) {
   return config.tile_m * config.key.head_dim;
+}
+// Of a cluster's other block: keys, and a copy of dS for each buffer of dS.
+constexpr int peer_bytes(const BackwardConfig& config) {
+  if (!is_clustered(config)) return 0;
+  return config.tile_n * peer_columns(config) * kElementBytes +
+         config.ds_stages * ds_stage_bytes(config);
 }
 // Where a buffer is not needed it has these.
 inline constexpr int kNoBufferBytes = 16;
@@ -57,9 +76,11 @@ constexpr int statistics_bytes(const BackwardConfig& config) {
   return 2 * config.stages * config.tile_m * 4;
 }
 // A full and an empty barrier for each stage of Q, dO and dS, for each consumer's dQ and for P; one
-// full barrier for K and one for V; 8 bytes each.
+// full barrier for K and one for V, and in a cluster for each copy of the other block's dS; 8 bytes
+// each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
-  return 8 * (2 + 4 * config.stages + 2 * config.ds_stages + 2 * config.num_consumers + 2);
+  return 8 * (2 + 2 * (config.stages + dout_stages(config)) +
+              (is_clustered(config) ? 3 : 2) * config.ds_stages + 2 * config.num_consumers + 2);
 }
 // Which key block is whose, where that is read from a list.
 constexpr bool is_ragged(const BackwardConfig& config) {
@@ -67,7 +88,8 @@ constexpr bool is_ragged(const BackwardConfig& config) {
 }
 constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config) ? 48 : 0; }
 constexpr int shared_bytes(const BackwardConfig& config) {
-  const int tensors = key_bytes(config) + config.stages * query_stage_bytes(config) +
+  const int tensors = key_bytes(config) + config.stages * q_stage_bytes(config) +
+                      dout_stages(config) * dout_stage_bytes(config) + peer_bytes(config) +
                       config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
                       p_bytes(config) + p16_bytes(config);
   return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
@@ -107,12 +129,24 @@ constexpr const char* config_error(const BackwardConfig& config) {
   const DqSplit dq_split = config.dq_split;
   const int all_rows = config.num_consumers * kConsumerRows;
   if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
+  if (config.stages < 1 || config.ds_stages < 1) return "stages";
   if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
   if (config.roles == Roles::kAlike && config.tile_n != all_rows) return "tile_n: 64 a consumer";
   if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
     return "a pair: 2 consumers, tile_n 64";
   if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
   if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
+  if (config.cluster < 1) return "a cluster: 1 block or more";
+  if (is_clustered(config) && (config.cluster != 2 || !is_paired(config)))
+    return "a cluster: 2 blocks, each a pair";
+  if (is_clustered(config) && config.dq_slices != config.cluster)
+    return "a cluster: a slice of dQ for each block";
+  if (is_clustered(config) && (config.stages < 2 || config.ds_stages != config.stages))
+    return "a cluster: 2 stages or more, as many of dS";
+  if (dout_stages(config) < 1 || dout_stages(config) > config.stages)
+    return "stages of dO: 1 to those of Q";
+  if (dout_stages(config) != config.stages && !is_clustered(config))
+    return "stages of dO: those of Q, but in a cluster";
   if (in_halves(config) && (config.tile_n % 32 != 0 || config.num_consumers != 2))
     return "halves: 2 consumers, tile_n 32s";
   if (in_halves(config) && dq_split != DqSplit::kColumns) return "halves: dQ by columns";
@@ -135,7 +169,6 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (dq_split == DqSplit::kTransposedRows &&
       (config.key.head_dim != kConsumerRows || config.tile_m % (16 * config.num_consumers) != 0))
     return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
-  if (config.stages < 1 || config.ds_stages < 1) return "stages";
   if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
   if (config.late_dq && (config.roles != Roles::kAlike || !config.ahead_scores))
     return "dQ late: consumers alike, S ahead";

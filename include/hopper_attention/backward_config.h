@@ -48,7 +48,7 @@ struct BackwardConfig {
   BackwardKey key;
   int tile_m;         // query rows a step
   int tile_n;         // keys a block: kConsumerRows for each consumer alike, or for both of a pair
-  int stages;         // buffers of Q, and as many of dO
+  int stages;         // buffers of Q
   int ds_stages;      // buffers of dS
   int num_consumers;  // warpgroups that multiply
   Roles roles;
@@ -59,6 +59,9 @@ struct BackwardConfig {
   bool k_in_registers;  // with late dQ: K is the register operand of S's product
   bool late_dq;         // of consumers alike: dQ is issued behind the next step's dP
   const char* reason;
+  int cluster = 1;      // of pairs: blocks of neighbouring keys that exchange dS, so that each adds
+                        // one slice of dQ for the keys of all
+  int dout_stages = 0;  // buffers of dO; 0: as many as of Q
 };
 
 // The table of choices, a row a kernel.
@@ -78,7 +81,7 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   const bool ahead = key.mask != MaskKind::kCapped;  // tanh leaves no registers for it
   // clang-format off
   // {key, tile_m, tile_n, stages, dS stages, consumers, roles, dQ's split, slices, path, S ahead,
-  //  K in registers, late dQ, reason}
+  //  K in registers, late dQ, reason[, cluster, dO's stages]}
   switch (key.head_dim) {
     case 64:
       return key.mask == MaskKind::kMasked
@@ -103,7 +106,7 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
                          "96 keys for both, dK of 144 registers: 8 to 26% faster than pairs of 64"};
     default:
       return {key, 64, 64, 2, 2, 2, kPaired, kColumns, 2, kDirect, false, false, false,
-              "64 keys for both consumers: dK of 128 registers in one, dV in the other; 226 KiB"};
+              "64 keys for both consumers, dQ added once for 128: 9 to 25% faster; 226 KiB", 2, 1};
   }
   // clang-format on
 }
