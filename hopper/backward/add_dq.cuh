@@ -10,14 +10,16 @@ namespace hopper_attention {
 template <class Traits>
 CUTE_DEVICE unsigned int own_turn(BackwardParams const& params, Mask const& mask,
                                   KeyTile const& tile, int m_block) {
-  return add_turn(mask, tile.n_block, m_block, Traits::kTileM, Traits::kTileN, params.last_first);
+  return add_turn(mask, tile.n_block, m_block, Traits::kTileM, Traits::kTileN, params.last_first,
+                  Traits::kCluster);
 }
 
+template <int kCluster>
 CUTE_DEVICE void wait_turn(unsigned int const* turn, unsigned int own) {
   unsigned int now;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
-  } while (now != own);
+  } while (!turn_has_come(now, own, kCluster));
 }
 
 CUTE_DEVICE void pass_turn(unsigned int* turn) {
@@ -86,8 +88,8 @@ CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
     if (step++ % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn,
-                own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
+      wait_turn<Traits::kCluster>(
+          turn, own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
       shared.barriers.dq_empty[keeper].arrive();
     }
     __syncwarp();
@@ -130,8 +132,11 @@ CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, typename Traits::Sh
         barriers.dq_full[consumer], barriers.dq_empty[consumer],
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
-    return DirectDq<Traits>{params.workspace.dq + consumer * Traits::kDqElements + thread * 4,
-                            shared.barriers.dq_empty, params.workspace.turns != nullptr};
+    // Of a cluster's block: its slice.
+    const int slice = blockIdx.x % Traits::kCluster * (Traits::kDqElements / Traits::kCluster);
+    const int first = consumer * Traits::kDqElements + slice + thread * 4;
+    return DirectDq<Traits>{params.workspace.dq + first, shared.barriers.dq_empty,
+                            params.workspace.turns != nullptr};
   }
 }
 
@@ -205,8 +210,8 @@ CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, KeyTile const& til
     if (step % kKeepers != keeper) continue;
     unsigned int* turn = params.workspace.turns + at.block;
     if (leads) {
-      wait_turn(turn,
-                own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
+      wait_turn<Traits::kCluster>(
+          turn, own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
       fence_async_global();
     }
     __syncwarp();

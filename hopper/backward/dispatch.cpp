@@ -181,7 +181,7 @@ Status run_preprocess(const hopper_attention_backward_args& a, const BackwardPla
   params.bfloat16 = plan.key.dtype == Dtype::kBfloat16;
   params.list = place_key_list(a, plan);
   params.mask = plan.mask;
-  params.tile_n = plan.config.tile_n;
+  params.entry_keys = cluster_keys(plan.config);
   const cudaError_t error = launch_preprocess(params, static_cast<cudaStream_t>(a.stream));
   return error == cudaSuccess ? Status{} : cuda_failure("preprocess", error);
 }

@@ -1,6 +1,7 @@
 // dK and dV of one consumer's keys: registers, 16 bits, shared memory, TMA.
 #pragma once
 
+#include "backward/clustered_mma.cuh"
 #include "backward/halves_mma.cuh"
 #include "backward/late_mma.cuh"
 #include "backward/thirds_mma.cuh"

@@ -14,15 +14,17 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
   barriers.k_full.init(1);
   barriers.v_full.init(1);
   for (int i = 0; i < Traits::kStages; ++i) {
-    const bool of_dout = i < Traits::kDoutStages;
     barriers.q_full[i].init(1);
-    if (of_dout) barriers.dout_full[i].init(1);
     barriers.q_empty[i].init(kConsumerWarps);
-    if (of_dout) barriers.dout_empty[i].init(kConsumerWarps);
+  }
+  for (int i = 0; i < Traits::kDoutStages; ++i) {
+    barriers.dout_full[i].init(1);
+    barriers.dout_empty[i].init(kConsumerWarps);
   }
   for (int i = 0; i < Traits::kDsStages; ++i) {
     barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
-    barriers.ds_empty[i].init(kConsumerWarps);
+    barriers.ds_empty[i].init(Traits::kCluster * kConsumerWarps);
+    if constexpr (Traits::kClustered) barriers.peer_ds_full[i].init(1);
   }
   barriers.p_full.init(kWarpgroupWarps);
   barriers.p_empty.init(kWarpgroupWarps);
@@ -100,7 +102,11 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
     store_dv<Traits>(params, tile, shared, consumer, 0, thread, rdV);
   } else {
     auto rdK = make_dk<Traits>();
-    accumulate_keys<Traits>(params, tile, shared, thread, rdK);
+    if constexpr (Traits::kClustered) {
+      accumulate_cluster_keys<Traits>(params, tile, shared, thread, rdK);
+    } else {
+      accumulate_keys<Traits>(params, tile, shared, thread, rdK);
+    }
     sync_consumers(Traits::kConsumers);
     store_dk<Traits>(params, tile, shared, consumer, 0, thread, rdK);
   }
@@ -134,7 +140,11 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
   if constexpr (Traits::kRagged) {
     if (cutlass::canonical_warp_idx_sync() == 1) find_tile<Traits>(params, shared.tile[0]);
   }
-  __syncthreads();
+  if constexpr (Traits::kClustered) {
+    cute::cluster_sync();  // before anything arrives from the other block
+  } else {
+    __syncthreads();
+  }
   const KeyTile tile = own_tile<Traits>(params, shared);
   if constexpr (Traits::kRagged) {
     if (tile.head_kv < 0) return;
@@ -145,6 +155,12 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     const int warp = cutlass::canonical_warp_idx_sync();
     if (warp == 0) {
       if (cute::elect_one_sync()) produce<Traits>(params, tile, shared);
+    } else if (Traits::kClustered && warp > kKeepers) {
+      if (cute::elect_one_sync()) send_ds<Traits>(params, tile, shared);
+      __syncwarp();
+      // A block must be there while the other one writes into its shared memory: this warp stays
+      // until all other threads of both have gone, which the barrier counts like arrivals.
+      cute::cluster_sync();
     } else if (params.workspace.turns != nullptr) {
       if (warp <= kKeepers) keep_order<Traits>(params, tile, shared, warp - 1);
     } else if (Traits::kDqBulk && warp == 1) {

@@ -7,10 +7,12 @@
 
 namespace hopper_attention {
 
-// The blockIdx.x-th of the list, whose groups follow one another; by a whole warp.
+// That of the list, whose groups follow one another, and which has an entry for all kCluster blocks
+// of a cluster; by a whole warp.
+template <int kCluster>
 CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
   const PackedOrder& order = list.order;
-  const int work_idx = blockIdx.x, lane = threadIdx.x % 32;
+  const int work_idx = blockIdx.x / kCluster, lane = threadIdx.x % 32;
   const int end = lane < order.num_groups ? __ldcg(list.header->group_end + lane) : 0;
   const bool behind = lane < order.num_groups && work_idx >= end * order.heads;
   const int group = __popc(__ballot_sync(0xffffffff, behind));
@@ -24,7 +26,7 @@ CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
   const auto* words = reinterpret_cast<const int4*>(list.entries + group_begin + work.entry);
   const int4 block = __ldcg(words), keys = __ldcg(words + 1);
   const KeyEntry entry{block.x, block.y, block.z, block.w, keys.x, keys.y, keys.z, 0};
-  return {entry.n_block,
+  return {entry.n_block * kCluster + static_cast<int>(blockIdx.x % kCluster),
           work.head,
           entry.first_block,
           kRaggedRows,
@@ -52,7 +54,7 @@ CUTE_DEVICE void find_tile(BackwardParams const& params, SharedTile& shared) {
              params.mask.seqlen_q,
              params.mask.seqlen_k};
   } else {
-    found = listed_tile(params.list);
+    found = listed_tile<Traits::kCluster>(params.list);
   }
   if (threadIdx.x % 32 == 0) shared = found;
 }
@@ -94,7 +96,8 @@ CUTE_DEVICE KeyTile own_tile(BackwardParams const& params,
     return {tile.n_block,
             tile.head_kv,
             0,
-            tile_query_blocks(mask, tile.n_block, Traits::kTileM, Traits::kTileN),
+            tile_query_blocks(mask, tile.n_block / Traits::kCluster, Traits::kTileM,
+                              Traits::kCluster * Traits::kTileN),
             tile.first_block,
             tile.q,
             tile.k,

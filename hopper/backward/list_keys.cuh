@@ -12,7 +12,7 @@ struct KeyListJob {
   KeyList list;
   Mask mask;
   int tile_m;
-  int tile_n;
+  int entry_keys;  // of a block, or of all blocks of a cluster
   // Blocks of one sequence follow one another, the last one first: each waits for those ahead of
   // it. Otherwise the longest come first.
   bool ordered;
@@ -40,7 +40,7 @@ __device__ void place_key_blocks(const KeyListJob& job, int* place_of) {
       entry.seqlen_k = __shfl_sync(kAll, mine.seqlen_k, i);
       entry.keys = __shfl_sync(kAll, mine.keys, i);
       const Mask mask = sequence_mask(job.mask, entry.seqlen_q, entry.seqlen_k);
-      const int n_blocks = entry.keys / job.tile_n + (entry.keys % job.tile_n > 0);
+      const int n_blocks = entry.keys / job.entry_keys + (entry.keys % job.entry_keys > 0);
       int* const slots = place_of + list.order.group_of(entry.q_begin) * kCostBuckets;
       int last = 0;
       if (job.ordered) {
@@ -53,7 +53,7 @@ __device__ void place_key_blocks(const KeyListJob& job, int* place_of) {
       for (int n_block = lane; n_block < n_blocks; n_block += 32) {
         int place = last - n_block;
         if (!job.ordered) {
-          const BlockRange m_blocks = tile_query_blocks(mask, n_block, job.tile_m, job.tile_n);
+          const BlockRange m_blocks = tile_query_blocks(mask, n_block, job.tile_m, job.entry_keys);
           const int bucket = cost_bucket(m_blocks.empty() ? 0 : m_blocks.end - m_blocks.begin);
           place = atomicAdd(&slots[kCostBuckets - 1 - bucket], 1);
         }

@@ -25,10 +25,13 @@ struct KeyTile {
 
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
-  const WorkTile work = params.order(blockIdx.x);
-  const int n_block = key_block(params.order, work, params.last_first);
-  const int begin = n_block * Traits::kTileN;
-  const int end = min(begin + Traits::kTileN, params.mask.seqlen_k);
+  // Blocks of a cluster go through the query blocks that see a key of any of them.
+  constexpr int kCluster = Traits::kCluster, kKeys = kCluster * Traits::kTileN;
+  const WorkTile work = params.order(blockIdx.x / kCluster);
+  const int cluster = key_block(params.order, work, params.last_first);
+  const int n_block = cluster * kCluster + blockIdx.x % kCluster;
+  const int begin = cluster * kKeys;
+  const int end = min(begin + kKeys, params.mask.seqlen_k);
   const BlockRange m_blocks = params.heads_per_kv == 0
                                   ? BlockRange{0, 0}
                                   : query_blocks(params.mask, begin, end, Traits::kTileM);
@@ -52,23 +55,41 @@ CUTE_DEVICE QuerySteps query_steps(BackwardParams const& params, KeyTile const& 
           workspace_block(params, tile.batch, first_head, tile.first_block)};
 }
 
-// kRows rows, slab by slab, into consecutive shared memory. The barrier expects the bytes already.
+// kRows rows, kColumns columns from `first` on, slab by slab, into consecutive shared memory. The
+// barrier expects the bytes already.
 template <class Traits, int kSlab, int kColumns, int kRows, class Element>
 CUTE_DEVICE void load_slabs(CUtensorMap const& map, FullBarrier& barrier,
                             cute::TMA::CacheHintSm90 hint, Element* shared, RowOrigin origin,
-                            int row, int head, int wrap) {
+                            int row, int head, int wrap, int first = 0) {
   auto* const bytes = reinterpret_cast<std::uint64_t*>(&barrier);
   const auto policy = static_cast<std::uint64_t>(hint);
   CUTE_UNROLL
   for (int column = 0; column < kColumns; column += kSlab) {
     Element* const to = shared + column * kRows;
     if constexpr (Traits::kRagged) {
-      cute::SM90_TMA_LOAD_5D::copy(&map, bytes, policy, to, column, origin.row + row, head,
+      cute::SM90_TMA_LOAD_5D::copy(&map, bytes, policy, to, first + column, origin.row + row, head,
                                    origin.shift, wrap);
     } else {
-      cute::SM90_TMA_LOAD_4D::copy(&map, bytes, policy, to, column, origin.row + row, head,
+      cute::SM90_TMA_LOAD_4D::copy(&map, bytes, policy, to, first + column, origin.row + row, head,
                                    origin.shift);
     }
+  }
+}
+
+// The block's keys; and of a cluster's other block, the columns of this one's dQ.
+template <class Traits>
+CUTE_DEVICE void load_keys(BackwardParams const& params, KeyTile const& tile,
+                           typename Traits::SharedStorage& shared) {
+  constexpr int kN = Traits::kTileN, kD = Traits::kHeadDim, kPeerD = Traits::kPeerColumns;
+  constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_FIRST;
+  FullBarrier& full = shared.barriers.k_full;
+  full.arrive_and_expect_tx(kN * (kD + kPeerD) * kElementBytes);
+  load_slabs<Traits, Traits::kSlabK, kD, kN>(params.k, full, kHint, shared.k, tile.k,
+                                             tile.n_block * kN, tile.head_kv, tile.wrap);
+  if constexpr (Traits::kClustered) {
+    load_slabs<Traits, Traits::kSlabK, kPeerD, kN>(params.k, full, kHint, shared.peer_k, tile.k,
+                                                   (tile.n_block ^ 1) * kN, tile.head_kv, tile.wrap,
+                                                   tile.n_block % Traits::kCluster * kPeerD);
   }
 }
 
@@ -92,19 +113,19 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     const int stage = ring.stage;
     const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
-    if (first) {
-      barriers.k_full.arrive_and_expect_tx(kN * kD * kElementBytes);
-      load_slabs<Traits, Traits::kSlabK, kD, kN>(params.k, barriers.k_full,
-                                                 CacheHintSm90::EVICT_FIRST, shared.k, tile.k,
-                                                 tile.n_block * kN, tile.head_kv, tile.wrap);
-    }
+    if (first) load_keys<Traits>(params, tile, shared);
     FullBarrier& q_full = barriers.q_full[stage];
     barriers.q_empty[stage].wait(ring.phase ^ 1);
-    q_full.arrive_and_expect_tx(kM * kD * kElementBytes + kStatisticsBytes);
+    // A cluster's dO goes back before delta is read, which therefore comes with Q.
+    constexpr int kWithQ = (Traits::kClustered ? 2 : 1) * kStatisticsBytes;
+    q_full.arrive_and_expect_tx(kM * kD * kElementBytes + kWithQ);
     load_slabs<Traits, Traits::kSlab, kD, kM>(params.q, q_full, CacheHintSm90::EVICT_LAST,
                                               shared.q[stage], tile.q, m_block * kM, head,
                                               tile.wrap);
     load_statistics(q_full, shared.lse_log2[stage], params.workspace.lse_log2, head, m_block);
+    if constexpr (Traits::kClustered) {
+      load_statistics(q_full, shared.delta[stage], params.workspace.delta, head, m_block);
+    }
     if (first) {
       barriers.v_full.arrive_and_expect_tx(kN * kDv * kElementBytes);
       load_slabs<Traits, Traits::kSlabV, kDv, kN>(params.v, barriers.v_full,
@@ -115,11 +136,14 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     const int dout_stage = dout_ring.stage;
     FullBarrier& dout_full = barriers.dout_full[dout_stage];
     barriers.dout_empty[dout_stage].wait(dout_ring.phase ^ 1);
-    dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kStatisticsBytes);
+    constexpr int kWithDout = 2 * kStatisticsBytes - kWithQ;
+    dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kWithDout);
     load_slabs<Traits, Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
                                                 shared.dout[dout_stage], tile.q, m_block * kM, head,
                                                 tile.wrap);
-    load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
+    if constexpr (!Traits::kClustered) {
+      load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
+    }
     ring.advance();
     dout_ring.advance();
   }

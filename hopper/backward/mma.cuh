@@ -24,8 +24,8 @@ CUTE_DEVICE auto dq_operands(typename Traits::SharedStorage& shared, int first_t
   }
 }
 
-// Issues one slice of it.
-template <class Traits, class Operands, class Fragment>
+// Issues one slice of it, or adds to it.
+template <class Traits, bool kFresh = true, class Operands, class Fragment>
 CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fragment& dq) {
   using namespace cute;
   typename Traits::MmaDq mma;
@@ -33,7 +33,7 @@ CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fra
   auto const& b = get<1>(operands);
   warpgroup_fence_operand(dq);
   warpgroup_arrive();
-  mma.accumulate_ = GMMA::ScaleOut::Zero;
+  mma.accumulate_ = kFresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
   CUTE_UNROLL
   for (int k = 0; k < Traits::kTileN / 16; ++k) {
     if constexpr (Traits::kDqTransposed) {

@@ -1,13 +1,13 @@
 // Consumers that share a block of 64 keys, for head dimensions whose dK and dV do not fit one
 // consumer's registers together: the first computes S, P and dV, the second dP, dS and dK, and each
-// half of dQ.
+// half of the block's dQ.
 //
 // P goes from the first to the second in float32, in the order of their registers, and dS from the
 // second to both as dQ's operand. The first runs ahead: it multiplies for dQ a step late, when dS
-// has long been there.
+// has long been there. The second one of a cluster's blocks is in clustered_mma.cuh.
 #pragma once
 
-#include "backward/mma.cuh"
+#include "backward/cluster_dq.cuh"
 
 namespace hopper_attention {
 
@@ -71,9 +71,15 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   static_assert(Traits::kStages == Traits::kDsStages, "one counter for both");
   StepCount<Traits::kStages> at_step;
   std::int64_t late_block = -1;  // of the last step, whose dQ is still to be multiplied; none yet
-  auto multiply = [&](StepCount<Traits::kStages> of) {
-    barriers.ds_full[of.stage()].wait(of.phase());
-    multiply_dq<Traits>(operands, barriers.ds_empty[of.stage()], of.stage(), late_block, adder);
+  // release: gives back what the products before dQ's have read.
+  auto multiply = [&](StepCount<Traits::kStages> of, auto release) {
+    if constexpr (Traits::kClustered) {
+      multiply_cluster_dq<Traits>(shared, operands, 0, cluster_rank<Traits>(tile), of.stage(),
+                                  of.phase(), late_block, adder, release);
+    } else {
+      barriers.ds_full[of.stage()].wait(of.phase());
+      multiply_dq<Traits>(operands, barriers.ds_empty[of.stage()], of.stage(), late_block, adder);
+    }
   };
 
   QuerySteps at = query_steps(params, tile);
@@ -101,20 +107,34 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     Tensor rP =
         make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>{});
     convert_fragment<Element>(rS, rP);
-    barriers.dout_full[stage].wait(at_step.phase());
-    issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
-    // Behind dV's product on the tensor cores: its wait is for dV too.
-    if (late_block >= 0) multiply({at_step.count - 1});
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdV);
-    arrive_warp(barriers.dout_empty[stage]);
+    const StepCount<Traits::kDoutStages> dout_step{at_step.count};
+    const int dout_stage = dout_step.stage();
+    barriers.dout_full[dout_stage].wait(dout_step.phase());
+    issue_product<false>(mma_dv, rP, tVrdO(_, _, _, dout_stage), rdV);
+    auto release_dout = [&] { arrive_warp(barriers.dout_empty[dout_stage]); };
+    // dQ's product is behind dV's on the tensor cores.
+    if constexpr (Traits::kClustered) {
+      // dO goes back as soon as dV's is done: its only buffer is the next step's.
+      if (late_block >= 0) {
+        multiply({at_step.count - 1}, release_dout);
+      } else {
+        warpgroup_wait<0>();
+        release_dout();
+      }
+      warpgroup_fence_operand(rdV);
+    } else {
+      if (late_block >= 0) multiply({at_step.count - 1}, [] {});
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdV);
+      release_dout();
+    }
     late_block = at.block;
     ++at_step.count;
   };
   if (!at.done()) barriers.k_full.wait(0);
   start_gradients(rdV);
   for_each_step<Traits>(at, plain, step);
-  if (late_block >= 0) multiply({at_step.count - 1});
+  if (late_block >= 0) multiply({at_step.count - 1}, [] {});
 }
 
 // dS = P * (dP - delta) in 16 bits, from the P of the first consumer.

@@ -88,9 +88,9 @@ struct PreprocessParams {
   int head_dim_v;
   bool bfloat16;
 
-  KeyList list;  // of packed batches: to be made
-  Mask mask;     // for the totals
-  int tile_n;
+  KeyList list;    // of packed batches: to be made
+  Mask mask;       // for the totals
+  int entry_keys;  // of an entry of the list
 };
 
 struct ConvertParams {

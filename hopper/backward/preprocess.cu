@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
     preprocess_kernel(__grid_constant__ const PreprocessParams params) {
   extern __shared__ int place_of[];
   if (kPacked && blockIdx.x == 0) {
-    const KeyListJob job{params.list, params.mask, params.queries.tile_m, params.tile_n,
+    const KeyListJob job{params.list, params.mask, params.queries.tile_m, params.entry_keys,
                          params.workspace.turns != nullptr};
     list_key_blocks<kThreads>(job, place_of);
     return;

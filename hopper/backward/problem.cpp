@@ -146,7 +146,9 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   plan->dq_layout = make_dq_layout(plan->config);
 
   const std::int64_t m_blocks = count_blocks(args, args.seqlen_q, plan->config.tile_m);
-  const std::int64_t n_blocks = count_blocks(args, args.seqlen_k, plan->config.tile_n);
+  // Clusters are whole: the last one may have a block without keys.
+  const std::int64_t clusters = count_blocks(args, args.seqlen_k, cluster_keys(plan->config));
+  const std::int64_t n_blocks = clusters * plan->config.cluster;
   const int batch = args.packed ? 1 : args.batch;
   const double query_blocks = static_cast<double>(m_blocks) * args.heads * batch;
   const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * batch;
@@ -157,9 +159,9 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
                            std::to_string(plan->config.tile_n) + " keys");
   }
   plan->num_m_blocks = static_cast<int>(m_blocks);
-  plan->max_key_entries = static_cast<int>(n_blocks);
+  plan->max_key_entries = static_cast<int>(clusters);
   plan->query_grid = plan->num_m_blocks * args.heads * batch;
-  plan->key_grid = plan->max_key_entries * args.heads_kv * batch;
+  plan->key_grid = static_cast<int>(n_blocks) * args.heads_kv * batch;
   // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
   const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   const std::int64_t query_bytes =
@@ -181,12 +183,11 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   std::int64_t min_group = for_tail;
   if (ordered && !masked) min_group = for_tail > kMinOrderedHeads ? for_tail : kMinOrderedHeads;
   if (plan->last_first) min_group = 1;
-  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, batch, plan->config.tile_n,
+  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, batch, cluster_keys(plan->config),
                                 masked || ordered, args.seqlen_q * query_bytes, 1, min_group);
   if (args.packed && args.heads > 0) {
-    plan->packed_order =
-        make_key_order(args.seqlen_q, plan->max_key_entries, args.heads_kv, query_bytes,
-                       kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
+    plan->packed_order = make_key_order(args.seqlen_q, n_blocks, args.heads_kv, query_bytes,
+                                        kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
   }
   return {};
 }

@@ -25,7 +25,7 @@ struct BackwardPlan {
   int query_grid;            // blocks of queries in all
   int key_grid;              // blocks of keys in all
   PackedOrder packed_order;  // of a packed batch, as is the rest
-  int max_key_entries;       // key blocks a KV head, at most
+  int max_key_entries;       // key blocks or clusters of them a KV head, at most
   float scale_log2;
   float cap_log2;
   float inner_scale;

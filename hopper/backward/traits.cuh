@@ -44,6 +44,8 @@ struct BackwardTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kDoutStages = kConfig.dout_stages;
   static constexpr int kDsStages = kConfig.ds_stages;
+  static constexpr int kCluster = kConfig.cluster;
+  static constexpr bool kClustered = is_clustered(kConfig);
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
   static constexpr bool kRagged = is_ragged(kConfig);
@@ -151,6 +153,7 @@ struct BackwardTraits {
   static constexpr int kDoElements = kTileM * kHeadDimV;
   static constexpr int kDsElements = kTileM * kTileN;
   static constexpr int kDqElements = dq_elements(kConfig) / kConsumers;  // one consumer's
+  static constexpr int kPeerColumns = peer_columns(kConfig);
 
   struct Barriers {
     FullBarrier k_full;
@@ -161,6 +164,7 @@ struct BackwardTraits {
     EmptyBarrier dout_empty[kDoutStages];
     EmptyBarrier ds_full[kDsStages];
     EmptyBarrier ds_empty[kDsStages];
+    FullBarrier peer_ds_full[kClustered ? kDsStages : 0];
     EmptyBarrier p_full;
     EmptyBarrier p_empty;
     EmptyBarrier dq_full[kConsumers];
@@ -174,10 +178,12 @@ struct BackwardTraits {
     Element dout[kDoutStages][kDoElements];
     Element ds[kDsStages][kDsElements];
     Element p16[shares_keys(kConfig) ? kDsStages : 0][kDsElements];  // P, as ds
-    float dq[dq_bytes(kConfig) / sizeof(float)];                     // a consumer's after the other
+    Element peer_k[kTileN * kPeerColumns];  // of a cluster's other block, as its dS
+    Element peer_ds[kClustered ? kDsStages : 0][kDsElements];
+    float dq[dq_bytes(kConfig) / sizeof(float)];  // a consumer's after the other
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
-    float delta[kDoutStages][kTileM];
+    float delta[delta_stages(kConfig)][kTileM];
     SharedTile tile[kRagged ? 1 : 0];
     Barriers barriers;
   };

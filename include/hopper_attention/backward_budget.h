@@ -19,8 +19,15 @@ constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == 
 constexpr bool shares_keys(const BackwardConfig& config) {
   return in_halves(config) || in_thirds(config);
 }
-// Of those: consumers that have columns of a gradient, in halves one, in thirds as far as there are
-// 64 for each.
+constexpr bool is_clustered(const BackwardConfig& config) { return config.cluster > 1; }
+// Keys whose queries a block goes through: those of its cluster, or its own.
+constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster * config.tile_n; }
+// Columns of dQ that a block of a cluster adds, for which it has the other block's keys, too.
+constexpr int peer_columns(const BackwardConfig& config) {
+  return is_clustered(config) ? config.key.head_dim / config.cluster : 0;
+}
+// Where keys are shared: consumers that have columns of a gradient, in halves one, in thirds as far
+// as there are 64 for each.
 constexpr int gradient_parts(const BackwardConfig& config, int columns) {
   return in_thirds(config) ? columns / kConsumerRows : 1;
 }
@@ -52,6 +59,12 @@ constexpr int ds_stage_bytes(const BackwardConfig& config) {
 constexpr int dq_elements(const BackwardConfig& config) {
   return config.tile_m * config.key.head_dim;
 }
+// Of a cluster's other block: keys, and a copy of dS for each buffer of dS.
+constexpr int peer_bytes(const BackwardConfig& config) {
+  if (!is_clustered(config)) return 0;
+  return config.tile_n * peer_columns(config) * kElementBytes +
+         config.ds_stages * ds_stage_bytes(config);
+}
 // Where a buffer is not needed it has these.
 inline constexpr int kNoBufferBytes = 16;
 constexpr int dq_bytes(const BackwardConfig& config) {
@@ -65,15 +78,20 @@ constexpr int p_bytes(const BackwardConfig& config) {
 constexpr int p16_bytes(const BackwardConfig& config) {
   return shares_keys(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
 }
+// Delta comes with dO, but in a cluster, which gives dO back behind dP, with Q.
+constexpr int delta_stages(const BackwardConfig& config) {
+  return is_clustered(config) ? config.stages : config.dout_stages;
+}
 // LSE and delta of each stage's rows.
 constexpr int statistics_bytes(const BackwardConfig& config) {
-  return (config.stages + config.dout_stages) * config.tile_m * 4;
+  return (config.stages + delta_stages(config)) * config.tile_m * 4;
 }
 // A full and an empty barrier for each stage of Q, dO and dS, for each consumer's dQ and for P; one
-// full barrier for K and one for V; 8 bytes each.
+// full barrier for K and one for V, and in a cluster for each copy of the other block's dS; 8 bytes
+// each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
-  return 8 * (2 + 2 * (config.stages + config.dout_stages) + 2 * config.ds_stages +
-              2 * config.num_consumers + 2);
+  return 8 * (2 + 2 * (config.stages + config.dout_stages) +
+              (is_clustered(config) ? 3 : 2) * config.ds_stages + 2 * config.num_consumers + 2);
 }
 // Which key block is whose, where that is read from a list.
 constexpr bool is_ragged(const BackwardConfig& config) {
@@ -82,7 +100,7 @@ constexpr bool is_ragged(const BackwardConfig& config) {
 constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config) ? 48 : 0; }
 constexpr int shared_bytes(const BackwardConfig& config) {
   const int tensors = key_bytes(config) + config.stages * q_stage_bytes(config) +
-                      config.dout_stages * dout_stage_bytes(config) +
+                      config.dout_stages * dout_stage_bytes(config) + peer_bytes(config) +
                       config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
                       p_bytes(config) + p16_bytes(config);
   return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
@@ -135,6 +153,16 @@ constexpr const char* halves_error(const BackwardConfig& config) {
     return "halves: no S ahead, no soft cap";
   return nullptr;
 }
+// A block adds one slice of dQ. The second consumer's products are a step late, so that Q and dS of
+// two steps are there at the same time, and dO of one.
+constexpr const char* cluster_error(const BackwardConfig& config) {
+  if (config.cluster != 2 || !is_paired(config)) return "a cluster: 2 blocks, each a pair";
+  if (config.dq_slices != config.cluster) return "a cluster: a slice of dQ for each block";
+  if (config.stages < 2 || config.ds_stages != config.stages)
+    return "a cluster: 2 stages or more, as many of dS";
+  if (config.dout_stages > config.stages) return "a cluster: stages of dO: 1 to those of Q";
+  return nullptr;
+}
 // The next step's S is issued before this one's Q is given back, so there are two stages of Q. That
 // dO has one is what the consumers rely on (thirds_mma.cuh).
 constexpr const char* thirds_error(const BackwardConfig& config) {
@@ -156,6 +184,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
   const DqSplit dq_split = config.dq_split;
   const int all_rows = config.num_consumers * kConsumerRows;
   if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
+  if (config.stages < 1 || config.ds_stages < 1) return "stages";
   if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
   if (config.roles == Roles::kAlike && config.tile_n != all_rows) return "tile_n: 64 a consumer";
   if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
@@ -164,6 +193,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
   if (in_halves(config) && halves_error(config) != nullptr) return halves_error(config);
   if (in_thirds(config) && thirds_error(config) != nullptr) return thirds_error(config);
+  if (config.cluster != 1 && cluster_error(config) != nullptr) return cluster_error(config);
   if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";
   if (dq_split == DqSplit::kRows && config.tile_m != all_rows)
     return "dQ by rows: tile_m 64 a consumer";
@@ -183,7 +213,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (config.late_dq && config.dq_slices != 1) return "dQ late: one slice";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
   if (fragment_registers(config) + 20 > split.consumer) return "registers";
-  if (!in_thirds(config) && config.dout_stages != config.stages)
+  if (!in_thirds(config) && !is_clustered(config) && config.dout_stages != config.stages)
     return "as many stages of dO as of Q";
   return nullptr;
 }

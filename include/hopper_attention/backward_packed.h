@@ -41,7 +41,7 @@ constexpr PackedOrder make_key_order(int total_q, std::int64_t key_blocks, int h
   return order;
 }
 
-// A key block of every KV head.
+// A key block of every KV head; or a cluster of them, which counts as one block of all its keys.
 struct alignas(16) KeyEntry {
   int n_block;
   int first_block;  // first_query_block

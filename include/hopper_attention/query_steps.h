@@ -72,14 +72,26 @@ HOPPER_ATTENTION_HD constexpr int key_block(const TileOrder& order, const WorkTi
   return flip ? order.num_m_blocks - 1 - work.m_block : work.m_block;
 }
 
-// How many key blocks add to a query block before n_block does, where the order is fixed: those
-// that come before it in the grid, so that a block only ever waits for blocks that run already.
+// How many key blocks add to a query block before those of n_block's cluster do, where the order is
+// fixed: those that come before it in the grid, so that a block only ever waits for blocks that run
+// already. cluster: blocks of neighbouring keys that go through the same query blocks together, all
+// that see a key of one of them; 1 where each goes alone.
 HOPPER_ATTENTION_HD constexpr unsigned int add_turn(const Mask& mask, int n_block, int m_block,
-                                                    int tile_m, int tile_n, bool last_first) {
+                                                    int tile_m, int tile_n, bool last_first,
+                                                    int cluster = 1) {
   const int row_begin = m_block * tile_m;
   const int row_end = row_begin + tile_m < mask.seqlen_q ? row_begin + tile_m : mask.seqlen_q;
-  const BlockRange blocks = key_blocks(mask, row_begin, row_end, tile_n);
-  return static_cast<unsigned int>(last_first ? blocks.end - 1 - n_block : n_block - blocks.begin);
+  const BlockRange clusters = key_blocks(mask, row_begin, row_end, cluster * tile_n);
+  const int own = n_block / cluster;
+  return static_cast<unsigned int>(cluster *
+                                   (last_first ? clusters.end - 1 - own : own - clusters.begin));
+}
+
+// Whether a block may add that was given `own` by add_turn, when `added` have. Blocks of a cluster
+// add to columns of their own, so they have their turn together.
+HOPPER_ATTENTION_HD constexpr bool turn_has_come(unsigned int added, unsigned int own,
+                                                 int cluster) {
+  return added - own < static_cast<unsigned int>(cluster);
 }
 
 }  // namespace hopper_attention

@@ -112,6 +112,41 @@ def test_more_and_fewer_tiles_than_multiprocessors(sizes, causal):
         check_problem(problem, causal=causal, deterministic=deterministic)
 
 
+# At head dimension 256 blocks of 64 keys come in clusters of two that go through the same queries.
+CLUSTERED = Problem(head_dim=256, batch=2, heads=3, heads_kv=1)
+NARROW = [(0, 0), (5, -1), (-1, 5), (70, 0), (0, 70)]
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any-order", "fixed-order"])
+@pytest.mark.parametrize("seqlen_k", [1, 63, 64, 65, 128, 129, 192, 193, 321])
+def test_clusters_of_blocks_that_see_different_queries(seqlen_k, deterministic):
+    # Of an odd number of blocks the last cluster has one without keys; of narrow windows most have
+    # query blocks that see one of the two alone.
+    masks = [{"causal": True}, *({"window_size": window} for window in NARROW)]
+    for seqlen_q in (1, 64, 130, 257):
+        problem = CLUSTERED.but(seqlen_q=seqlen_q, seqlen_k=seqlen_k)
+        for options in ({}, {"softcap": 20.0}, {"causal": True, "softcap": 20.0}, *masks):
+            check_problem(problem, deterministic=deterministic, **options)
+
+
+@CAUSAL
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"batch": 5, "heads": 7, "seqlen_q": 300, "seqlen_k": 700},
+        {"batch": 1, "heads": 66, "seqlen_q": 130, "seqlen_k": 129},
+        {"batch": 1, "heads": 67, "seqlen_q": 130, "seqlen_k": 64},
+        {"batch": 3, "heads": 1031, "seqlen_q": 65, "seqlen_k": 65},
+        {"batch": 3000, "heads": 1, "seqlen_q": 3, "seqlen_k": 3},
+    ],
+    ids=name,
+)
+def test_more_and_fewer_clusters_than_multiprocessors(sizes, causal):
+    for deterministic in (False, True):
+        problem = Problem(head_dim=256).but(**sizes)
+        check_problem(problem, causal=causal, deterministic=deterministic)
+
+
 @CAUSAL
 @pytest.mark.parametrize("lengths", [(4093, 8191), (8191, 4093)], ids=name)
 def test_long_prime_lengths(lengths, causal):

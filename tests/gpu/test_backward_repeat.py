@@ -53,6 +53,19 @@ def test_a_thousand_runs_give_the_same_bits(head_dim, causal):
     compare(first, inputs, dout, causal=causal)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"softcap": 20.0}], ids=name
+)
+def test_a_thousand_runs_of_an_odd_number_of_clustered_blocks(options):
+    # Two blocks of 64 keys exchange dS in every step; the last one's neighbour has no keys
+    problem = LARGE.but(seqlen_q=500, seqlen_k=1050, head_dim=256, batch=1)
+    inputs, dout = draw(problem)
+    call = Call(inputs, deterministic=True, **options)
+    different, first = repeat(call, dout, 1000)
+    assert different == 0
+    compare(first, inputs, dout, **options)
+
+
 @TILE
 def test_other_work_on_the_device_does_not_change_the_bits(tile):
     # What runs beside the kernels changes the order in which their blocks come

@@ -97,6 +97,17 @@ def test_lengths_one_off_a_tile(tile, causal):
     check_batch(of_tile(tile, rows=rows, keys=keys, heads=2), causal=causal)
 
 
+@ORDER
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 9.0}, *MASKS], ids=name)
+def test_clusters_that_end_in_a_block_without_keys(options, deterministic):
+    # At head dimension 256 two blocks of 64 keys are an entry of the list
+    keys = (1, 64, 65, 128, 129, 0, 192, 193, 320)
+    batch = Packed(rows=(70,) * len(keys), keys=keys, head_dim=256, **GROUPED)
+    used = (None, tuple(n // 3 for n in keys), tuple(min(n, 64) for n in keys))
+    for used_k in used:
+        check_batch(batch.but(used_k=used_k, behind=70), deterministic=deterministic, **options)
+
+
 @CAUSAL
 @HEAD_DIM
 @pytest.mark.parametrize("corner", CORNERS)

@@ -184,6 +184,31 @@ void gradients_have_parts() {
   }
 }
 
+// Each of a cluster's blocks adds one slice of dQ; the second consumer's products are a step late,
+// so that Q and dS of two steps are there at the same time, and dO of one.
+void clusters_are_refused_where_they_cannot_run() {
+  using Change = void (*)(BackwardConfig&);
+  const Change changes[] = {
+      [](BackwardConfig& c) { c.cluster = 0; },
+      [](BackwardConfig& c) { c.cluster = c.dq_slices = 4; },
+      [](BackwardConfig& c) { c.dq_slices = 1; },
+      [](BackwardConfig& c) { c.stages = c.ds_stages = 1; },
+      [](BackwardConfig& c) { c.ds_stages = 1; },
+      [](BackwardConfig& c) { c.dout_stages = 3; },
+  };
+  const BackwardKey key{Dtype::kBfloat16, 256, 256, MaskKind::kMasked};
+  const BackwardConfig config = make_backward_config(key);
+  check::context = "d256";
+  CHECK(config.cluster == 2 && config.dout_stages == 1 && config_error(config) == nullptr);
+  for (const Change change : changes) {
+    BackwardConfig changed = config;
+    change(changed);
+    const char* error = config_error(changed);
+    check::context = error ? error : "no error";
+    CHECK(error != nullptr && std::string(error).find("a cluster") == 0);
+  }
+}
+
 // What one TMA store of dK or dV takes: a consumer's keys, or where they are shared all.
 void gradients_leave_in_boxes_of_their_rows() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
@@ -206,19 +231,24 @@ void tiles_of_packed_batches_pass_through_shared_memory() {
   }
 }
 
-// The bytes of K, V, the stages of Q, dO, their statistics and dS, and of dQ and P where they pass
-// through shared memory, counted row by row.
+// The bytes of K, V, the stages of Q, dO, their statistics and dS, of dQ and P where they pass
+// through shared memory, and of a cluster's other block, counted row by row.
 int tensor_bytes(const BackwardConfig& config) {
   const int columns = config.key.head_dim + config.key.head_dim_v;
   int total = 0;
   for (int key = 0; key < config.tile_n; ++key) total += 2 * columns;
   for (int row = 0; row < config.tile_m; ++row) {
     total += config.stages * (2 * config.key.head_dim + 4);
-    total += config.dout_stages * (2 * config.key.head_dim_v + 4);
+    total += config.dout_stages * 2 * config.key.head_dim_v;
+    total += 4 * (config.cluster > 1 ? config.stages : config.dout_stages);  // delta
     total += config.ds_stages * config.tile_n * 2;
     if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
     if (config.roles == Roles::kPaired) total += config.tile_n * 4;
     if (shares_keys(config)) total += config.ds_stages * config.tile_n * 2;
+    if (config.cluster > 1) total += config.ds_stages * config.tile_n * 2;
+  }
+  if (config.cluster > 1) {  // the other block's keys, in the columns of this one's dQ
+    for (int key = 0; key < config.tile_n; ++key) total += config.key.head_dim / config.cluster * 2;
   }
   return total;
 }
@@ -334,6 +364,7 @@ void what_cannot_be_built_is_refused() {
   refuses("stages of dO", [](BackwardConfig& c) { c.dout_stages = 1; });
   refuses("shared memory", [](BackwardConfig& c) { c.stages = c.dout_stages = 6; });
   refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
+  refuses("cluster: 2 blocks", [](BackwardConfig& c) { c.cluster = 2; });
   refuses("K in registers", [](BackwardConfig& c) { c.k_in_registers = true; });
   refuses("dQ late: consumers alike", [](BackwardConfig& c) { c.late_dq = true; });
   refuses("registers", [](BackwardConfig& c) { c.late_dq = c.ahead_scores = true; });
@@ -360,6 +391,7 @@ int main() {
   thirds_are_refused_where_they_cannot_run();
   thirds_count_every_fragment();
   gradients_have_parts();
+  clusters_are_refused_where_they_cannot_run();
   gradients_leave_in_boxes_of_their_rows();
   return check::result();
 }

@@ -252,8 +252,9 @@ void grids_count_the_blocks_of_queries_and_keys() {
       CHECK(rows == 1);
       CHECK(plan.num_m_blocks == count_up(300, plan.config.tile_m));
       CHECK(plan.query_grid == plan.num_m_blocks * 8 * 2);
-      CHECK(plan.key_grid == count_up(500, plan.config.tile_n) * 2 * 2);
-      CHECK(plan.order.num_tiles() == plan.key_grid);
+      const int cluster = plan.config.cluster;
+      CHECK(plan.key_grid == count_up(500, cluster * plan.config.tile_n) * cluster * 2 * 2);
+      CHECK(plan.order.num_tiles() * cluster == plan.key_grid);
     }
   }
   for (int Args::* size : {&Args::batch, &Args::seqlen_q, &Args::heads}) {
@@ -286,8 +287,9 @@ void packed_grids_have_room_for_every_sequence() {
       CHECK(plan.key.mask == (capped ? MaskKind::kCapped : MaskKind::kPacked));
       CHECK(plan.num_m_blocks == max_blocks(300, 2, plan.config.tile_m));
       CHECK(plan.query_grid == plan.num_m_blocks * 8);
-      CHECK(plan.max_key_entries == max_blocks(500, 2, plan.config.tile_n));
-      CHECK(plan.key_grid == plan.max_key_entries * 2);
+      const int cluster = plan.config.cluster;
+      CHECK(plan.max_key_entries == max_blocks(500, 2, cluster * plan.config.tile_n));
+      CHECK(plan.key_grid == plan.max_key_entries * cluster * 2);
       CHECK(plan.packed_order.heads == 2 && plan.packed_order.group_heads >= 1);
       args.batch = 0;  // all rows are behind the last sequence, and are to be written
       CHECK(plan_of(args).query_grid > 0 && plan_of(args).key_grid > 0);
@@ -305,6 +307,19 @@ void packed_grids_have_room_for_every_sequence() {
   args.seqlen_k = 0;
   check::context = "a packed batch without keys";
   CHECK(plan_of(args).key_grid == 0 && plan_of(args).query_grid > 0);
+}
+
+// A cluster whose second block has no keys is there all the same.
+void clusters_are_whole() {
+  for (int seqlen_k : {1, 64, 65, 128, 129, 192, 193}) {
+    Args args = valid_args();
+    args.head_dim = args.head_dim_v = 256;
+    args.seqlen_k = seqlen_k;
+    check::context = std::to_string(seqlen_k) + " keys";
+    const BackwardPlan plan = plan_of(args);
+    CHECK(plan.config.cluster == 2 && plan.config.tile_n == 64);
+    CHECK(plan.key_grid == (seqlen_k <= 128 ? 2 : 4) * 2 * 2);
+  }
 }
 
 void too_many_tiles_are_refused() {
@@ -375,6 +390,7 @@ int main() {
   groups_of_heads_are_large_enough();
   grids_count_the_blocks_of_queries_and_keys();
   packed_grids_have_room_for_every_sequence();
+  clusters_are_whole();
   too_many_tiles_are_refused();
   the_workspace_is_dq_and_two_numbers_a_row();
   return check::result();

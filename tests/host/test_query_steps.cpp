@@ -1,5 +1,6 @@
 // query_steps.h against loops, and the order of the adds that plans fix against a grid whose blocks
-// start in order, as many at a time as there are places: each key block gets its turn.
+// start in order, as many at a time as there are places: each key block gets its turn. Blocks of a
+// cluster start together and wait for each other's dS in every step.
 #include <algorithm>
 #include <cstdint>
 #include <map>
@@ -11,6 +12,7 @@
 
 #include "backward/problem.h"
 #include "check.h"
+#include "hopper_attention/backward_budget.h"
 #include "hopper_attention/query_steps.h"
 #include "packed_batch.h"
 #include "small_problem.h"
@@ -72,6 +74,7 @@ struct Running {
   int n_block;
   Mask mask;  // of its sequence
   QuerySteps at;
+  int steps = 0;  // that it has made
 };
 
 BackwardPlan plan_of(const Args& args) {
@@ -84,13 +87,14 @@ BackwardPlan plan_of(const Args& args) {
 std::vector<Running> dense_grid(const BackwardPlan& plan, const Args& args) {
   std::vector<Running> grid;
   const int group = args.heads / args.heads_kv;
-  for (int work_idx = 0; work_idx < plan.key_grid; ++work_idx) {
-    const WorkTile work = plan.order(work_idx);
-    const int n_block = key_block(plan.order, work, plan.last_first);
-    const int begin = n_block * plan.config.tile_n;
-    const int end = std::min(begin + plan.config.tile_n, args.seqlen_k);
+  const int cluster = plan.config.cluster, keys = cluster_keys(plan.config);
+  for (int block_idx = 0; block_idx < plan.key_grid; ++block_idx) {
+    const WorkTile work = plan.order(block_idx / cluster);
+    const int own_cluster = key_block(plan.order, work, plan.last_first);
+    const int begin = own_cluster * keys;
+    const int end = std::min(begin + keys, args.seqlen_k);
     const std::int64_t pair = static_cast<std::int64_t>(work.batch) * args.heads_kv + work.head;
-    grid.push_back({n_block,
+    grid.push_back({own_cluster * cluster + block_idx % cluster,
                     plan.mask,
                     {query_blocks(plan.mask, begin, end, plan.config.tile_m), group,
                      plan.num_m_blocks, plan.descending, pair * group * plan.num_m_blocks}});
@@ -99,7 +103,7 @@ std::vector<Running> dense_grid(const BackwardPlan& plan, const Args& args) {
 }
 
 // As list_keys.cuh makes it in a fixed order: of a group the sequences of many key blocks first,
-// otherwise in any order, and a sequence's blocks from the last to the first.
+// otherwise in any order, and a sequence's blocks, or clusters, from the last to the first.
 std::vector<KeyEntry> ordered_list(const BackwardPlan& plan, const PackedLengths& lengths,
                                    int group) {
   std::vector<int> sequences;
@@ -108,7 +112,8 @@ std::vector<KeyEntry> ordered_list(const BackwardPlan& plan, const PackedLengths
       sequences.push_back(i);
   }
   auto blocks_of = [&](int i) {
-    return (sequence_at(lengths, i).keys + plan.config.tile_n - 1) / plan.config.tile_n;
+    const int keys = cluster_keys(plan.config);
+    return (sequence_at(lengths, i).keys + keys - 1) / keys;
   };
   std::shuffle(sequences.begin(), sequences.end(), generator);
   std::stable_sort(sequences.begin(), sequences.end(), [&](int a, int b) {
@@ -129,20 +134,20 @@ std::vector<KeyEntry> ordered_list(const BackwardPlan& plan, const PackedLengths
 std::vector<Running> packed_grid(const BackwardPlan& plan, const Args& args,
                                  const PackedLengths& lengths) {
   std::vector<Running> grid;
-  const int heads = args.heads / args.heads_kv;
+  const int heads = args.heads / args.heads_kv, cluster = plan.config.cluster;
   for (int group = 0; group < plan.packed_order.num_groups; ++group) {
     const std::vector<KeyEntry> list = ordered_list(plan, lengths, group);
     const int entries = static_cast<int>(list.size());
-    for (int work_idx = 0; work_idx < entries * args.heads_kv; ++work_idx) {
-      const PackedOrder::Work work = plan.packed_order(work_idx, entries);
+    for (int block_idx = 0; block_idx < entries * args.heads_kv * cluster; ++block_idx) {
+      const PackedOrder::Work work = plan.packed_order(block_idx / cluster, entries);
       const KeyEntry& entry = list[work.entry];
       const Mask mask = sequence_mask(plan.mask, entry.seqlen_q, entry.seqlen_k);
       const std::int64_t first = std::int64_t{work.head} * heads * plan.num_m_blocks;
       grid.push_back(
-          {entry.n_block,
+          {entry.n_block * cluster + block_idx % cluster,
            mask,
-           {tile_query_blocks(mask, entry.n_block, plan.config.tile_m, plan.config.tile_n), heads,
-            plan.num_m_blocks, plan.descending, first + entry.first_block}});
+           {tile_query_blocks(mask, entry.n_block, plan.config.tile_m, cluster_keys(plan.config)),
+            heads, plan.num_m_blocks, plan.descending, first + entry.first_block}});
     }
   }
   CHECK(static_cast<int>(grid.size()) <= plan.key_grid);
@@ -155,38 +160,56 @@ struct Added {
   int expected;  // of these
 };
 
+// Whole clusters, of which the last one may have a block without keys.
 int count_key_blocks(const BackwardPlan& plan, const Mask& mask, int m_block) {
-  const BlockRange seen = tile_key_blocks(mask, m_block, plan.config.tile_m, plan.config.tile_n);
-  return seen.end - seen.begin;
+  const int cluster = plan.config.cluster;
+  const BlockRange seen =
+      tile_key_blocks(mask, m_block, plan.config.tile_m, cluster * plan.config.tile_n);
+  return cluster * (seen.end - seen.begin);
 }
 
-// Goes on for as long as any block that runs can, one step a round at most.
-void all_get_their_turns(const BackwardPlan& plan, const std::vector<Running>& grid, int places) {
+// Adds to the query block of the next step if its turn has come.
+bool makes_a_step(const BackwardPlan& plan, Running& block, std::map<std::int64_t, Added>& added) {
+  const BackwardConfig& config = plan.config;
+  const unsigned int own = add_turn(block.mask, block.n_block, block.at.m_block, config.tile_m,
+                                    config.tile_n, plan.last_first, config.cluster);
+  Added& to = added[block.at.block];
+  const auto so_far = static_cast<unsigned int>(to.key_blocks.size());
+  if (!turn_has_come(so_far, own, config.cluster)) return false;
+  to.expected = count_key_blocks(plan, block.mask, block.at.m_block);
+  CHECK(to.key_blocks.insert(block.n_block).second);
+  block.at.advance();
+  ++block.steps;
+  return true;
+}
+
+// Goes on for as long as any block that runs can, one step a round at most, and with its cluster's
+// others at the same step or one before.
+void all_get_their_turns(const BackwardPlan& plan, std::vector<Running> grid, int places) {
+  const std::size_t cluster = static_cast<std::size_t>(plan.config.cluster);
+  const std::size_t room = std::max(static_cast<std::size_t>(places), cluster);
   std::map<std::int64_t, Added> added;
-  std::vector<Running> running;
+  std::vector<std::size_t> running;  // of the grid
   std::size_t next = 0;
   bool moved = true;
+  CHECK(grid.size() % cluster == 0);
   while (moved) {
     moved = false;
-    while (next < grid.size() && static_cast<int>(running.size()) < places) {
-      running.push_back(grid[next++]);
+    while (next < grid.size() && running.size() + (next % cluster == 0 ? cluster : 1) <= room) {
+      running.push_back(next++);
     }
     for (std::size_t i = 0; i < running.size();) {
-      Running& block = running[i];
+      Running& block = grid[running[i]];
       if (block.at.done()) {
         running.erase(running.begin() + static_cast<std::ptrdiff_t>(i));
         moved = true;
         continue;
       }
-      const unsigned int own = add_turn(block.mask, block.n_block, block.at.m_block,
-                                        plan.config.tile_m, plan.config.tile_n, plan.last_first);
-      Added& to = added[block.at.block];
-      if (to.key_blocks.size() == own) {
-        to.expected = count_key_blocks(plan, block.mask, block.at.m_block);
-        CHECK(to.key_blocks.insert(block.n_block).second);
-        block.at.advance();
-        moved = true;
+      int slowest = block.steps;
+      for (std::size_t peer = 0; peer < cluster; ++peer) {
+        slowest = std::min(slowest, grid[running[i] / cluster * cluster + peer].steps);
       }
+      if (block.steps <= slowest + 1 && makes_a_step(plan, block, added)) moved = true;
       ++i;
     }
   }
@@ -194,6 +217,56 @@ void all_get_their_turns(const BackwardPlan& plan, const std::vector<Running>& g
   for (const auto& [block, to] : added) {
     CHECK(block >= 0 && block < plan.query_grid);
     CHECK(static_cast<int>(to.key_blocks.size()) == to.expected);
+  }
+}
+
+bool sees_any(const Mask& mask, int m_block, int tile_m, int key_begin, int key_end) {
+  for (int row = m_block * tile_m; row < std::min((m_block + 1) * tile_m, mask.seqlen_q); ++row) {
+    for (int key = key_begin; key < key_end; ++key) {
+      if (key >= mask.first_key(row) && key < mask.end_key(row)) return true;
+    }
+  }
+  return false;
+}
+
+// By brute force: of the clusters that see a query block, both blocks of the first have turns 0 and
+// 1, those of the second 2 and 3, in either direction, with whichever of the two first; and no
+// other turn has come by then.
+void clusters_have_their_turns_together() {
+  constexpr int kTileM = 3, kTileN = 2, kCluster = 2, kKeys = kCluster * kTileN;
+  for (int seqlen_q = 1; seqlen_q <= 9; ++seqlen_q) {
+    for (int seqlen_k = 1; seqlen_k <= 11; ++seqlen_k) {
+      for (const auto& [left, right] : {std::pair{-1, -1}, {-1, 0}, {2, 0}, {0, 3}, {4, 4}}) {
+        const Mask mask = make_mask(seqlen_q, seqlen_k, false, left, right);
+        for (int m_block = 0; m_block * kTileM < seqlen_q; ++m_block) {
+          check::context = std::to_string(seqlen_q) + " x " + std::to_string(seqlen_k) +
+                           ", window (" + std::to_string(left) + ", " + std::to_string(right) +
+                           "), query block " + std::to_string(m_block);
+          std::vector<int> seen;  // clusters
+          for (int cluster = 0; cluster * kKeys < seqlen_k; ++cluster) {
+            const int begin = cluster * kKeys, end = std::min(begin + kKeys, seqlen_k);
+            if (sees_any(mask, m_block, kTileM, begin, end)) seen.push_back(cluster);
+          }
+          for (bool last_first : {false, true}) {
+            unsigned int before = 0;
+            if (last_first) std::reverse(seen.begin(), seen.end());
+            for (int cluster : seen) {
+              for (int n_block = cluster * kCluster; n_block < (cluster + 1) * kCluster;
+                   ++n_block) {
+                const unsigned int own =
+                    add_turn(mask, n_block, m_block, kTileM, kTileN, last_first, kCluster);
+                CHECK(own == before);
+                for (unsigned int added = 0; added <= 2 * seen.size(); ++added) {
+                  const bool now = added == before || added == before + 1;
+                  CHECK(turn_has_come(added, own, kCluster) == now);
+                }
+              }
+              before += kCluster;
+            }
+          }
+        }
+      }
+    }
   }
 }
 
@@ -271,6 +344,7 @@ void every_packed_plan_in_a_fixed_order_comes_to_an_end() {
 
 int main() {
   steps_are_those_of_two_loops();
+  clusters_have_their_turns_together();
   every_plan_in_a_fixed_order_comes_to_an_end();
   every_packed_plan_in_a_fixed_order_comes_to_an_end();
   return check::result();
