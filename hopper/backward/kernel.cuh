@@ -14,12 +14,11 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
   barriers.k_full.init(1);
   barriers.v_full.init(1);
   for (int i = 0; i < Traits::kStages; ++i) {
+    const bool of_dout = i < Traits::kDoutStages;
     barriers.q_full[i].init(1);
+    if (of_dout) barriers.dout_full[i].init(1);
     barriers.q_empty[i].init(kConsumerWarps);
-  }
-  for (int i = 0; i < Traits::kDoutStages; ++i) {
-    barriers.dout_full[i].init(1);
-    barriers.dout_empty[i].init(kConsumerWarps);
+    if (of_dout) barriers.dout_empty[i].init(kConsumerWarps);
   }
   for (int i = 0; i < Traits::kDsStages; ++i) {
     barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);

@@ -109,6 +109,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   };
   bool first = true;
   Ring<Traits::kStages> ring;
+  constexpr bool kOneRing = Traits::kDoutStages == Traits::kStages;
   Ring<Traits::kDoutStages> dout_ring;
   for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     const int stage = ring.stage;
@@ -133,9 +134,9 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
                                                   tile.n_block * kN, tile.head_kv, tile.wrap);
       first = false;
     }
-    const int dout_stage = dout_ring.stage;
+    const int dout_stage = kOneRing ? stage : dout_ring.stage;
     FullBarrier& dout_full = barriers.dout_full[dout_stage];
-    barriers.dout_empty[dout_stage].wait(dout_ring.phase ^ 1);
+    barriers.dout_empty[dout_stage].wait((kOneRing ? ring.phase : dout_ring.phase) ^ 1);
     constexpr int kWithDout = 2 * kStatisticsBytes - kWithQ;
     dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kWithDout);
     load_slabs<Traits, Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
