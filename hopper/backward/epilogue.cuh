@@ -2,7 +2,6 @@
 #pragma once
 
 #include "backward/clustered_mma.cuh"
-#include "backward/halves_mma.cuh"
 #include "backward/late_mma.cuh"
 #include "backward/thirds_mma.cuh"
 

@@ -45,15 +45,6 @@ CUTE_DEVICE auto make_dv() {
   return cute::partition_fragment_C(typename Traits::MmaDv{}, Shape{});
 }
 
-template <class Traits, bool kValues>
-CUTE_DEVICE void consume_half(BackwardParams const& params, KeyTile const& tile,
-                              typename Traits::SharedStorage& shared, int thread) {
-  auto gradient = make_part_gradient<Traits, kValues>();
-  accumulate_half<Traits, kValues>(params, tile, shared, thread, gradient);
-  sync_consumers(Traits::kConsumers);
-  store_part<Traits, kValues>(params, tile, shared, kValues ? 0 : 1, thread, gradient);
-}
-
 // kValues: the consumer has columns of dV.
 template <class Traits, bool kValues>
 CUTE_DEVICE void consume_third(BackwardParams const& params, KeyTile const& tile,
@@ -70,13 +61,7 @@ template <class Traits>
 CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
                          typename Traits::SharedStorage& shared, int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
-  if constexpr (Traits::kHalves) {
-    if (consumer == 0) {
-      consume_half<Traits, true>(params, tile, shared, thread);
-    } else {
-      consume_half<Traits, false>(params, tile, shared, thread);
-    }
-  } else if constexpr (Traits::kThirds) {
+  if constexpr (Traits::kThirds) {
     constexpr int kWithValues = gradient_parts(Traits::kConfig, Traits::kHeadDimV);
     if (kWithValues == Traits::kConsumers || consumer < kWithValues) {
       consume_third<Traits, true>(params, tile, shared, consumer, thread);
@@ -101,11 +86,7 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
     store_dv<Traits>(params, tile, shared, consumer, 0, thread, rdV);
   } else {
     auto rdK = make_dk<Traits>();
-    if constexpr (Traits::kClustered) {
-      accumulate_cluster_keys<Traits>(params, tile, shared, thread, rdK);
-    } else {
-      accumulate_keys<Traits>(params, tile, shared, thread, rdK);
-    }
+    accumulate_cluster_keys<Traits>(params, tile, shared, thread, rdK);
     sync_consumers(Traits::kConsumers);
     store_dk<Traits>(params, tile, shared, consumer, 0, thread, rdK);
   }

@@ -1,10 +1,10 @@
 // Consumers that share a block of 64 keys, for head dimensions whose dK and dV do not fit one
 // consumer's registers together: the first computes S, P and dV, the second dP, dS and dK, and each
-// half of the block's dQ.
+// half of the block's dQ. Two such blocks are a cluster (cluster_dq.cuh).
 //
 // P goes from the first to the second in float32, in the order of their registers, and dS from the
 // second to both as dQ's operand. The first runs ahead: it multiplies for dQ a step late, when dS
-// has long been there. The second one of a cluster's blocks is in clustered_mma.cuh.
+// has long been there. The second is in clustered_mma.cuh.
 #pragma once
 
 #include "backward/cluster_dq.cuh"
@@ -21,24 +21,6 @@ struct StepCount {
   CUTE_DEVICE std::uint32_t phase() const { return count / kStages % 2; }
   CUTE_DEVICE std::uint32_t p_phase() const { return count % 2; }
 };
-
-// All slices of one consumer's part of one step's dQ. Waits for its products.
-template <class Traits, class Operands, class Adder>
-CUTE_DEVICE void multiply_dq(Operands const& operands, EmptyBarrier& ds_empty, int ds_stage,
-                             std::int64_t block, Adder& adder) {
-  using namespace cute;
-  Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
-  CUTE_UNROLL
-  for (int slice = 0; slice < Traits::kDqSlices; ++slice) {
-    issue_dq<Traits>(operands, ds_stage, slice, rdQ);
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdQ);
-    if (slice == Traits::kDqSlices - 1) arrive_warp(ds_empty);
-    if (slice == 0) adder.begin();
-    adder.add(rdQ, block, slice);
-  }
-  adder.end();
-}
 
 // A thread's P in the buffer between the two, 16 bytes at a time.
 template <class Traits>
@@ -73,13 +55,8 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   std::int64_t late_block = -1;  // of the last step, whose dQ is still to be multiplied; none yet
   // release: gives back what the products before dQ's have read.
   auto multiply = [&](StepCount<Traits::kStages> of, auto release) {
-    if constexpr (Traits::kClustered) {
-      multiply_cluster_dq<Traits>(shared, operands, 0, cluster_rank<Traits>(tile), of.stage(),
-                                  of.phase(), late_block, adder, release);
-    } else {
-      barriers.ds_full[of.stage()].wait(of.phase());
-      multiply_dq<Traits>(operands, barriers.ds_empty[of.stage()], of.stage(), late_block, adder);
-    }
+    multiply_cluster_dq<Traits>(shared, operands, 0, cluster_rank<Traits>(tile), of.stage(),
+                                of.phase(), late_block, adder, release);
   };
 
   QuerySteps at = query_steps(params, tile);
@@ -112,22 +89,15 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     barriers.dout_full[dout_stage].wait(dout_step.phase());
     issue_product<false>(mma_dv, rP, tVrdO(_, _, _, dout_stage), rdV);
     auto release_dout = [&] { arrive_warp(barriers.dout_empty[dout_stage]); };
-    // dQ's product is behind dV's on the tensor cores.
-    if constexpr (Traits::kClustered) {
-      // dO goes back as soon as dV's is done: its only buffer is the next step's.
-      if (late_block >= 0) {
-        multiply({at_step.count - 1}, release_dout);
-      } else {
-        warpgroup_wait<0>();
-        release_dout();
-      }
-      warpgroup_fence_operand(rdV);
+    // dQ's product is behind dV's on the tensor cores. dO goes back as soon as dV's is done: its
+    // only buffer is the next step's.
+    if (late_block >= 0) {
+      multiply({at_step.count - 1}, release_dout);
     } else {
-      if (late_block >= 0) multiply({at_step.count - 1}, [] {});
       warpgroup_wait<0>();
-      warpgroup_fence_operand(rdV);
       release_dout();
     }
+    warpgroup_fence_operand(rdV);
     late_block = at.block;
     ++at_step.count;
   };
@@ -146,64 +116,6 @@ CUTE_DEVICE void take_p(BackwardParams const& params, typename Traits::SharedSto
   for (int i = 0; i < decltype(cute::size(dp))::value; i += 4) {
     round_ds<Traits>(params, shared.delta[stage], shared.lse_log2[stage],
                      from[i / 4 * kWarpgroupThreads], dp, i, ds16);
-  }
-}
-
-// The second consumer.
-template <class Traits, class GradientK>
-CUTE_DEVICE void accumulate_keys(BackwardParams const& params, KeyTile const& tile,
-                                 typename Traits::SharedStorage& shared, int thread,
-                                 GradientK& rdK) {
-  using namespace cute;
-  using Element = typename Traits::Element;
-  auto& barriers = shared.barriers;
-  typename Traits::MmaScores mma_scores;
-  typename Traits::MmaDk mma_dk;
-  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
-  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
-  Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
-  auto slice_scores = mma_scores.get_thread_slice(0);
-  Tensor tPrV = slice_scores.partition_fragment_A(sV);                 // (MMA, 1, dv/16)
-  Tensor tPrdO = slice_scores.partition_fragment_B(sdO);               // (MMA, 1, dv/16, stages)
-  Tensor tKrQ = mma_dk.get_thread_slice(0).partition_fragment_B(sQt);  // (MMA, 1, m/16, stages)
-  auto operands = dq_operands<Traits>(shared, kWarpgroupThreads);
-  auto writer = ds_writer<Traits>(shared, thread);
-  auto adder = make_dq_adder<Traits>(params, shared, 1, thread);
-
-  StepCount<Traits::kStages> at_step;
-  QuerySteps at = query_steps(params, tile);
-  if (!at.done()) {
-    barriers.v_full.wait(0);
-    barriers.k_full.wait(0);
-  }
-  start_gradients(rdK);
-  for (; !at.done(); at.advance()) {
-    const int stage = at_step.stage();
-    const std::uint32_t phase = at_step.phase();
-    Tensor rdP = partition_fragment_C(mma_scores, Shape<typename Traits::N, typename Traits::M>{});
-    barriers.dout_full[stage].wait(phase);
-    issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
-    barriers.q_full[stage].wait(phase);  // LSE comes with Q
-    barriers.p_full.wait(at_step.p_phase());
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdP);
-    Tensor rdS =
-        make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>{});
-    take_p<Traits>(params, shared, stage, thread, rdP, rdS);
-    __syncwarp();
-    arrive_warp(barriers.p_empty);
-    arrive_warp(barriers.dout_empty[stage]);  // delta came with dO
-
-    barriers.ds_empty[stage].wait(phase ^ 1);
-    write_ds(writer, stage, rdS, rdP.layout());
-    __syncwarp();
-    arrive_warp(barriers.ds_full[stage]);
-    issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    barriers.ds_full[stage].wait(phase);
-    multiply_dq<Traits>(operands, barriers.ds_empty[stage], stage, at.block, adder);
-    warpgroup_fence_operand(rdK);
-    arrive_warp(barriers.q_empty[stage]);
-    ++at_step.count;
   }
 }
 

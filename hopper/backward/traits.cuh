@@ -54,7 +54,6 @@ struct BackwardTraits {
   static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
   static constexpr bool kLateDq = kConfig.late_dq;
   static constexpr bool kPaired = is_paired(kConfig);
-  static constexpr bool kHalves = in_halves(kConfig);
   static constexpr bool kThirds = in_thirds(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
@@ -177,7 +176,7 @@ struct BackwardTraits {
     Element q[kStages][kQElements];
     Element dout[kDoutStages][kDoElements];
     Element ds[kDsStages][kDsElements];
-    Element p16[shares_keys(kConfig) ? kDsStages : 0][kDsElements];  // P, as ds
+    Element p16[in_thirds(kConfig) ? kDsStages : 0][kDsElements];  // P, as ds
     Element peer_k[kTileN * kPeerColumns];  // of a cluster's other block, as its dS
     Element peer_ds[kClustered ? kDsStages : 0][kDsElements];
     float dq[dq_bytes(kConfig) / sizeof(float)];  // a consumer's after the other

@@ -13,12 +13,8 @@ constexpr int num_threads(const BackwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
 constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
-constexpr bool in_halves(const BackwardConfig& config) { return config.roles == Roles::kHalves; }
-constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == Roles::kThirds; }
 // Consumers that share a block's keys: each has the scores of some, and gradients of all.
-constexpr bool shares_keys(const BackwardConfig& config) {
-  return in_halves(config) || in_thirds(config);
-}
+constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == Roles::kThirds; }
 constexpr bool is_clustered(const BackwardConfig& config) { return config.cluster > 1; }
 // Keys whose queries a block goes through: those of its cluster, or its own.
 constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster * config.tile_n; }
@@ -26,14 +22,13 @@ constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster
 constexpr int peer_columns(const BackwardConfig& config) {
   return is_clustered(config) ? config.key.head_dim / config.cluster : 0;
 }
-// Where keys are shared: consumers that have columns of a gradient, in halves one, in thirds as far
-// as there are 64 for each.
+// Of thirds: consumers that have columns of a gradient, as far as there are 64 for each.
 constexpr int gradient_parts(const BackwardConfig& config, int columns) {
   return in_thirds(config) ? columns / kConsumerRows : 1;
 }
 // Keys of dK and dV that one consumer stores.
 constexpr int gradient_rows(const BackwardConfig& config) {
-  return shares_keys(config) ? config.tile_n : kConsumerRows;
+  return in_thirds(config) ? config.tile_n : kConsumerRows;
 }
 
 // Columns of one slab of K. dQ by columns reads K in pieces of whole slabs.
@@ -76,7 +71,7 @@ constexpr int p_bytes(const BackwardConfig& config) {
 }
 // P in 16 bits, as many buffers as of dS.
 constexpr int p16_bytes(const BackwardConfig& config) {
-  return shares_keys(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
+  return in_thirds(config) ? config.ds_stages * ds_stage_bytes(config) : 0;
 }
 // Delta comes with dO, but in a cluster, which gives dO back behind dP, with Q.
 constexpr int delta_stages(const BackwardConfig& config) {
@@ -109,19 +104,13 @@ constexpr int shared_bytes(const BackwardConfig& config) {
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
 // and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP;
-// of halves one gradient, transposed, and half of S and dP; of thirds 64 columns of both gradients,
-// and a third of S and dP. Late, dQ is there beside both.
+// of thirds 64 columns of both gradients, and a third of S and dP. Late, dQ is there beside both.
 constexpr int fragment_registers(const BackwardConfig& config) {
   const int dk = accumulator_registers(config.key.head_dim);
   const int dv = accumulator_registers(config.key.head_dim_v);
   const int scores = accumulator_registers(config.tile_m);
   const int dq =
       dq_elements(config) / (config.num_consumers * kWarpgroupThreads * config.dq_slices);
-  if (in_halves(config)) {
-    const int gradient = accumulator_registers(config.tile_n) * config.key.head_dim / kConsumerRows;
-    const int half = accumulator_registers(config.tile_n / 2);
-    return gradient + (dq > 2 * half ? dq : 2 * half);  // head_dim is at least head_dim_v
-  }
   if (in_thirds(config)) {
     const int part = accumulator_registers(config.tile_n / config.num_consumers);
     return 2 * accumulator_registers(config.tile_n) + (dq > 2 * part ? dq : 2 * part);
@@ -139,20 +128,6 @@ constexpr int ds_slab_columns(int columns) {
   return columns % 64 == 0 ? 64 : columns % 32 == 0 ? 32 : 16;
 }
 
-constexpr const char* halves_error(const BackwardConfig& config) {
-  if (config.tile_n % 32 != 0 || config.num_consumers != 2)
-    return "halves: 2 consumers, tile_n 32s";
-  if (config.dq_split != DqSplit::kColumns) return "halves: dQ by columns";
-  if (config.dq_path != DqPath::kDirect || config.dq_slices != 1)
-    return "halves: dQ directly, in one slice";
-  if (config.key.head_dim % kConsumerRows != 0 || config.key.head_dim_v % kConsumerRows != 0)
-    return "halves: head dims of 64s";
-  if (config.stages < 2 || config.ds_stages != config.stages)
-    return "halves: 2 stages or more, as many of dS";
-  if (config.ahead_scores || config.key.mask == MaskKind::kCapped)
-    return "halves: no S ahead, no soft cap";
-  return nullptr;
-}
 // A block adds one slice of dQ. The second consumer's products are a step late, so that Q and dS of
 // two steps are there at the same time, and dO of one.
 constexpr const char* cluster_error(const BackwardConfig& config) {
@@ -191,7 +166,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "a pair: 2 consumers, tile_n 64";
   if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
   if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
-  if (in_halves(config) && halves_error(config) != nullptr) return halves_error(config);
+  if (is_paired(config) && config.cluster == 1) return "a pair: in a cluster";
   if (in_thirds(config) && thirds_error(config) != nullptr) return thirds_error(config);
   if (config.cluster != 1 && cluster_error(config) != nullptr) return cluster_error(config);
   if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";

@@ -26,9 +26,7 @@ enum class Roles : int {
   kAlike = 0,   // each has kConsumerRows keys of its own: their S, P, dP, dS, dV and dK
   kPaired = 1,  // two share kConsumerRows keys: S, P and dV are the first's, dP, dS and dK the
                 // second's, which P reaches through shared memory
-  kHalves = 2,  // two share tile_n keys: S, P, dP and dS of half of them are each one's, dV the
-                // first's and dK the second's, which P and dS reach through shared memory
-  kThirds = 3,  // three share tile_n keys: S, P, dP and dS of a third of them are each one's, and
+  kThirds = 2,  // three share tile_n keys: S, P, dP and dS of a third of them are each one's, and
                 // 64 columns of dQ, dK and dV; P and dS pass through shared memory
 };
 
@@ -75,7 +73,6 @@ struct BackwardConfig {
 constexpr BackwardConfig make_backward_config(BackwardKey key) {
   constexpr Roles kAlike = Roles::kAlike;
   constexpr Roles kPaired = Roles::kPaired;
-  constexpr Roles kHalves = Roles::kHalves;
   constexpr Roles kThirds = Roles::kThirds;
   constexpr DqSplit kColumns = DqSplit::kColumns;
   constexpr DqSplit kRows = DqSplit::kRows;
@@ -101,16 +98,9 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
     case 128:
       return {key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
               "64 rows: S and dP 32 registers each beside dK and dV of 64 each"};
-    case 192:
-      if (key.head_dim_v == 192) {
-        return {key, 64, 96, 2, 1, 1, 3, kThirds, kColumns, 1, kBulk, false, false, false,
-                "64 columns of dK and dV each, room for bulk adds: 9 to 19% faster than halves"};
-      }
-      return key.mask == MaskKind::kCapped
-        ? BackwardConfig{key, 64, 64, 2, 2, 2, 2, kPaired, kColumns, 1, kDirect, false, false,
-                         false, "64 keys for both consumers: tanh leaves no registers for 96"}
-        : BackwardConfig{key, 64, 96, 2, 2, 2, 2, kHalves, kColumns, 1, kDirect, false, false,
-                         false, "96 keys for both, dK of 144 registers: 10 to 26% over pairs"};
+    case 192:  // V has 192 or 128 columns
+      return {key, 64, 96, 2, 1, 1, 3, kThirds, kColumns, 1, kBulk, false, false, false,
+              "64 columns of dK and dV each, and room for bulk adds"};
     default:
       return {key, 64, 64, 2, 1, 2, 2, kPaired, kColumns, 2, kDirect, false, false, false,
               "64 keys for both consumers, dQ added once for 128: 9 to 25% faster; 226 KiB", 2};

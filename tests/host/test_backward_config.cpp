@@ -87,48 +87,6 @@ void late_dq_counts_every_fragment() {
   CHECK(fragment_registers(config) == 48 + 48 + 32 + 32 + 24);
 }
 
-// A step's gradient is multiplied in the next one, so Q, dO, P and dS of both are there at the same
-// time.
-void halves_are_refused_where_they_cannot_run() {
-  using Change = void (*)(BackwardConfig&);
-  const Change changes[] = {
-      [](BackwardConfig& c) { c.tile_n = 80; },
-      [](BackwardConfig& c) { c.num_consumers = 3; },
-      [](BackwardConfig& c) { c.dq_split = DqSplit::kTransposed; },
-      [](BackwardConfig& c) { c.dq_path = DqPath::kBulk; },
-      [](BackwardConfig& c) { c.dq_slices = 3; },
-      [](BackwardConfig& c) { c.key.head_dim_v = 96; },
-      [](BackwardConfig& c) { c.stages = c.ds_stages = 1; },
-      [](BackwardConfig& c) { c.ds_stages = 3; },
-      [](BackwardConfig& c) { c.ahead_scores = true; },
-      [](BackwardConfig& c) { c.key.mask = MaskKind::kCapped; },
-  };
-  const BackwardKey key{Dtype::kBfloat16, 192, 128, MaskKind::kMasked};
-  const BackwardConfig config = make_backward_config(key);
-  check::context = "d192x128";
-  CHECK(in_halves(config) && config_error(config) == nullptr);
-  for (const Change change : changes) {
-    BackwardConfig changed = config;
-    change(changed);
-    const char* error = config_error(changed);
-    check::context = error ? error : "no error";
-    CHECK(error != nullptr && std::string(error).find("halves") == 0);
-  }
-  BackwardConfig wide = config;
-  wide.tile_n = 128;  // dK of 192 registers
-  check::context = "128 keys";
-  CHECK(config_error(wide) != nullptr);
-}
-
-// dK^T of all keys, S and dP of half of them; half of dQ in their place.
-void halves_count_every_fragment() {
-  const BackwardKey key{Dtype::kBfloat16, 192, 128, MaskKind::kMasked};
-  BackwardConfig config = make_backward_config(key);
-  CHECK(fragment_registers(config) == 144 + 24 + 24);
-  config.tile_n = 64;
-  CHECK(fragment_registers(config) == 96 + 48);
-}
-
 // What the consumers do not wait for rests on the number of buffers.
 void thirds_are_refused_where_they_cannot_run() {
   using Change = void (*)(BackwardConfig&);
@@ -170,7 +128,7 @@ void thirds_count_every_fragment() {
   CHECK(fragment_registers(config) == 72 + 72 + 24 + 24);
 }
 
-// Each column of dK and dV is one consumer's: in halves all are one's, in thirds 64 each.
+// Each column of dK and dV is one consumer's, in thirds 64 each.
 void gradients_have_parts() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     const BackwardConfig config = make_backward_config(row.key);
@@ -179,7 +137,6 @@ void gradients_have_parts() {
       const int parts = gradient_parts(config, columns);
       CHECK(parts <= config.num_consumers && columns % parts == 0);
       if (in_thirds(config)) CHECK(columns / parts == 64);
-      if (in_halves(config)) CHECK(parts == 1);
     }
   }
 }
@@ -244,7 +201,7 @@ int tensor_bytes(const BackwardConfig& config) {
     total += config.ds_stages * config.tile_n * 2;
     if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
     if (config.roles == Roles::kPaired) total += config.tile_n * 4;
-    if (shares_keys(config)) total += config.ds_stages * config.tile_n * 2;
+    if (config.roles == Roles::kThirds) total += config.ds_stages * config.tile_n * 2;
     if (config.cluster > 1) total += config.ds_stages * config.tile_n * 2;
   }
   if (config.cluster > 1) {  // the other block's keys, in the columns of this one's dQ
@@ -386,8 +343,6 @@ int main() {
   what_cannot_be_built_is_refused();
   late_dq_is_refused_where_it_cannot_run();
   late_dq_counts_every_fragment();
-  halves_are_refused_where_they_cannot_run();
-  halves_count_every_fragment();
   thirds_are_refused_where_they_cannot_run();
   thirds_count_every_fragment();
   gradients_have_parts();

@@ -41,8 +41,9 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for mask in ("masked", "packed", "capped")
     },
     **{
-        f"backward_{dtype}_d192_{mask}": IN_THE_LOOP
+        f"backward_{dtype}_{dims}_{mask}": IN_THE_LOOP
         for dtype in ("fp16", "bf16")
+        for dims in ("d192", "d192x128")
         for mask in ("full", "masked", "packed", "capped")
     },
     "e4m3_d128_masked": IN_THE_LOOP,
