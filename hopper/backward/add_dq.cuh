@@ -1,7 +1,7 @@
 // How one consumer's part of a step's dQ reaches the accumulator in global memory.
 #pragma once
 
-#include "backward/key_tile.cuh"
+#include "backward/scheduler.cuh"
 #include "backward/scores.cuh"
 
 namespace hopper_attention {
@@ -78,25 +78,28 @@ struct DirectDq {
 // that no consumer waits until its adds are through. Keepers know nothing of each other: a step has
 // its keeper's barriers, which the step after the next uses again once this keeper has seen that
 // all consumers are done with this one.
-template <class Traits>
-CUTE_DEVICE void keep_turns(BackwardParams const& params, KeyTile const& tile,
+template <class Traits, class Tiles>
+CUTE_DEVICE void keep_turns(BackwardParams const& params, Tiles const& tiles,
                             typename Traits::SharedStorage& shared, int keeper) {
   static_assert(Traits::kConsumers >= kKeepers, "dq_empty is one for each keeper here");
   const bool leads = threadIdx.x % 32 == 0;
   int step = 0;
-  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
-    if (step++ % kKeepers != keeper) continue;
-    unsigned int* turn = params.workspace.turns + at.block;
-    if (leads) {
-      wait_turn<Traits::kCluster>(
-          turn, own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
-      shared.barriers.dq_empty[keeper].arrive();
+  tiles.each(shared, leads, [&](KeyTile const& tile, int slot) {
+    for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
+      if (step++ % kKeepers != keeper) continue;
+      unsigned int* turn = params.workspace.turns + at.block;
+      if (leads) {
+        const Mask mask = tile_mask<Traits>(params, shared, slot);
+        wait_turn<Traits::kCluster>(turn, own_turn<Traits>(params, mask, tile, at.m_block));
+        shared.barriers.dq_empty[keeper].arrive();
+      }
+      __syncwarp();
+      cutlass::arch::NamedBarrier::sync(
+          kKeptThreads<Traits>, static_cast<std::uint32_t>(BackwardBarrier::kKeeper) + keeper);
+      if (leads) pass_turn(turn);
     }
     __syncwarp();
-    cutlass::arch::NamedBarrier::sync(
-        kKeptThreads<Traits>, static_cast<std::uint32_t>(BackwardBarrier::kKeeper) + keeper);
-    if (leads) pass_turn(turn);
-  }
+  });
 }
 
 // Hands it to the producer.
@@ -184,48 +187,57 @@ CUTE_DEVICE void return_buffers(typename Traits::SharedStorage& shared) {
 }
 
 // One thread, in any order.
-template <class Traits>
-CUTE_DEVICE void add_dq(BackwardParams const& params, KeyTile const& tile,
+template <class Traits, class Tiles>
+CUTE_DEVICE void add_dq(BackwardParams const& params, Tiles const& tiles,
                         typename Traits::SharedStorage& shared) {
   std::uint32_t phase = 0;
-  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
-    issue_adds<Traits>(params, shared, at.block, phase);
-    phase ^= 1;
-    return_buffers<Traits>(shared);
-  }
+  tiles.each(shared, true, [&](KeyTile const& tile, int) {
+    for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
+      issue_adds<Traits>(params, shared, at.block, phase);
+      phase ^= 1;
+      return_buffers<Traits>(shared);
+    }
+  });
   reduce_wait();
 }
 
 // A keeper's warp, in a fixed order. Both take from the same buffers, so one waits for a step's dQ
 // only after the other has taken the step's before: a barrier's phase must be seen before the next
 // one ends.
-template <class Traits>
-CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, KeyTile const& tile,
+template <class Traits, class Tiles>
+CUTE_DEVICE void add_dq_in_turn(BackwardParams const& params, Tiles const& tiles,
                                 typename Traits::SharedStorage& shared, int keeper) {
   constexpr std::uint32_t kKeeper = static_cast<std::uint32_t>(BackwardBarrier::kKeeper);
   constexpr int kBoth = kKeepers * 32;
   const bool leads = threadIdx.x % 32 == 0;
   int step = 0;
-  for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance(), ++step) {
-    if (step % kKeepers != keeper) continue;
-    unsigned int* turn = params.workspace.turns + at.block;
-    if (leads) {
-      wait_turn<Traits::kCluster>(
-          turn, own_turn<Traits>(params, tile_mask<Traits>(params, shared), tile, at.m_block));
-      fence_async_global();
+  tiles.each(shared, leads, [&](KeyTile const& tile, int slot) {
+    for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance(), ++step) {
+      if (step % kKeepers != keeper) continue;
+      unsigned int* turn = params.workspace.turns + at.block;
+      if (leads) {
+        const Mask mask = tile_mask<Traits>(params, shared, slot);
+        wait_turn<Traits::kCluster>(turn, own_turn<Traits>(params, mask, tile, at.m_block));
+        fence_async_global();
+      }
+      __syncwarp();
+      if (step > 0) cutlass::arch::NamedBarrier::sync(kBoth, kKeeper + keeper);
+      if (leads) issue_adds<Traits>(params, shared, at.block, step % 2);
+      __syncwarp();
+      cutlass::arch::NamedBarrier::arrive(kBoth, kKeeper + (keeper ^ 1));
+      if (leads) {
+        return_buffers<Traits>(shared);
+        reduce_wait();
+        fence_async_global();
+        pass_turn(turn);
+      }
+      __syncwarp();
     }
     __syncwarp();
-    if (step > 0) cutlass::arch::NamedBarrier::sync(kBoth, kKeeper + keeper);
-    if (leads) issue_adds<Traits>(params, shared, at.block, step % 2);
-    __syncwarp();
-    if (!at.last()) cutlass::arch::NamedBarrier::arrive(kBoth, kKeeper + (keeper ^ 1));
-    if (leads) {
-      return_buffers<Traits>(shared);
-      reduce_wait();
-      fence_async_global();
-      pass_turn(turn);
-    }
-    __syncwarp();
+  });
+  // The last step's arrival.
+  if (step > 0 && step % kKeepers == keeper) {
+    cutlass::arch::NamedBarrier::sync(kBoth, kKeeper + keeper);
   }
 }
 

@@ -22,8 +22,9 @@ template <class Traits>
 CUTE_DEVICE auto peer_dq_operands(typename Traits::SharedStorage& shared, int first_thread) {
   using namespace cute;
   using Columns = Int<Traits::kPeerColumns>;
-  using LayoutKt = decltype(tile_to_shape(typename Traits::template AtomMN<Traits::kSlabK>{},
-                                          Shape<Columns, typename Traits::N>{}, Step<_2, _1>{}));
+  using LayoutKt =
+      decltype(tile_to_shape(typename Traits::template AtomMN<Traits::kSlabK>{},
+                             Shape<Columns, typename Traits::N, _1>{}, Step<_2, _1, _3>{}));
   auto slice = typename Traits::MmaDq{}.get_thread_slice(first_thread);
   Tensor sKt = make_tensor(make_smem_ptr(shared.peer_k), LayoutKt{});
   Tensor sdS = make_tensor(make_smem_ptr(shared.peer_ds[0]), typename Traits::LayoutDs{});
@@ -48,10 +49,10 @@ CUTE_DEVICE void multiply_cluster_dq(typename Traits::SharedStorage& shared, Ope
   using namespace cute;
   Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
   shared.barriers.ds_full[stage].wait(phase);
-  issue_dq<Traits>(own, stage, rank, rdQ);
+  issue_dq<Traits>(own, stage, 0, rank, rdQ);
   shared.barriers.peer_ds_full[stage].wait(phase);
   issue_dq<Traits, false>(peer_dq_operands<Traits>(shared, consumer * kWarpgroupThreads), stage, 0,
-                          rdQ);
+                          0, rdQ);
   warpgroup_wait<2>();
   release();
   warpgroup_wait<0>();

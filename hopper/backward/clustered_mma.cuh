@@ -62,7 +62,7 @@ CUTE_DEVICE void accumulate_cluster_keys(BackwardParams const& params, KeyTile c
   typename Traits::MmaDk mma_dk;
   Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
   Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
-  Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
+  Tensor sV = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutV{});
   auto slice_scores = mma_scores.get_thread_slice(0);
   Tensor tPrV = slice_scores.partition_fragment_A(sV);                 // (MMA, 1, dv/16)
   Tensor tPrdO = slice_scores.partition_fragment_B(sdO);               // (MMA, 1, dv/16, stages)
@@ -76,8 +76,8 @@ CUTE_DEVICE void accumulate_cluster_keys(BackwardParams const& params, KeyTile c
   Late late;
   QuerySteps at = query_steps(params, tile);
   if (!at.done()) {
-    barriers.v_full.wait(0);
-    barriers.k_full.wait(0);
+    barriers.v_full[0].wait(0);
+    barriers.k_full[0].wait(0);
   }
   Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
   Tensor rdS =
@@ -90,8 +90,8 @@ CUTE_DEVICE void accumulate_cluster_keys(BackwardParams const& params, KeyTile c
       barriers.ds_full[last.stage()].wait(last.phase());
       barriers.peer_ds_full[last.stage()].wait(last.phase());
     }
-    issue_dq<Traits>(own, last.stage(), rank, rdQ);
-    issue_dq<Traits, false>(peer_dq_operands<Traits>(shared, kWarpgroupThreads), last.stage(), 0,
+    issue_dq<Traits>(own, last.stage(), 0, rank, rdQ);
+    issue_dq<Traits, false>(peer_dq_operands<Traits>(shared, kWarpgroupThreads), last.stage(), 0, 0,
                             rdQ);
   };
   auto wait_for_late_dq = [&] {

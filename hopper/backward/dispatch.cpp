@@ -1,5 +1,6 @@
 // The C interface of the backward pass: check -> plan -> find the compiled instance -> descriptors
 // -> three launches, and one for the sinks' gradient.
+#include <algorithm>
 #include <string>
 
 #include "backward/params.h"
@@ -117,7 +118,9 @@ BackwardWorkspace place_workspace(const hopper_attention_backward_args& args,
   char* base = static_cast<char*>(args.workspace);
   return {reinterpret_cast<float*>(base), reinterpret_cast<float*>(base + layout.lse_log2),
           reinterpret_cast<float*>(base + layout.delta),
-          deterministic ? reinterpret_cast<unsigned int*>(base + layout.turns) : nullptr};
+          deterministic ? reinterpret_cast<unsigned int*>(base + layout.turns) : nullptr,
+          is_persistent(plan.config) ? reinterpret_cast<unsigned int*>(base + layout.tickets)
+                                     : nullptr};
 }
 
 PackedLengths packed_lengths(const hopper_attention_backward_args& a) {
@@ -147,7 +150,8 @@ QueryGrid query_grid(const hopper_attention_backward_args& args, const BackwardP
 }
 
 Status run_main(const hopper_attention_backward_args& args, const BackwardPlan& plan,
-                const BackwardWorkspace& workspace, const BackwardRow& row, int device) {
+                const BackwardWorkspace& workspace, const BackwardRow& row, int device,
+                int num_sms) {
   BackwardParams params;
   if (Status status = encode_descriptors(args, plan, &params); !status.ok()) return status;
   params.workspace = workspace;
@@ -162,7 +166,8 @@ Status run_main(const hopper_attention_backward_args& args, const BackwardPlan& 
   params.cap_log2 = plan.cap_log2;
   params.inner_scale = plan.inner_scale;
   params.list = place_key_list(args, plan);
-  const BackwardLaunchSpec spec{plan.key_grid, device, static_cast<cudaStream_t>(args.stream)};
+  const int grid = is_persistent(plan.config) ? std::min(plan.key_grid, num_sms) : plan.key_grid;
+  const BackwardLaunchSpec spec{grid, device, static_cast<cudaStream_t>(args.stream)};
   const cudaError_t error = row.launch(params, spec);
   return error == cudaSuccess ? Status{} : cuda_failure(row.name, error);
 }
@@ -243,7 +248,8 @@ Status backward(const hopper_attention_backward_args& args) {
   if (Status status = run_preprocess(args, plan, workspace); !status.ok()) return status;
   if (Status status = run_sink(args, plan, workspace); !status.ok()) return status;
   if (plan.key_grid > 0) {
-    if (Status status = run_main(args, plan, workspace, *row, device); !status.ok()) return status;
+    if (Status status = run_main(args, plan, workspace, *row, device, num_sms); !status.ok())
+      return status;
   }
   return run_convert(args, plan, workspace);
 }

@@ -18,9 +18,10 @@ struct GradientPlace {
 
 template <class Traits>
 CUTE_DEVICE GradientPlace gradient_place(KeyTile const& tile,
-                                         typename Traits::SharedStorage const& shared) {
+                                         typename Traits::SharedStorage const& shared,
+                                         int slot = 0) {
   if constexpr (Traits::kRagged) {  // anew: it need not have been kept
-    const SharedTile now = load_tile(shared.tile[0]);
+    const SharedTile now = load_tile(shared.tile[slot]);
     const int row = now.n_block * Traits::kTileN;
     return {now.dk, row, now.head_kv, now.wrap, now.seqlen_k - row};
   } else {
@@ -39,23 +40,19 @@ CUTE_DEVICE void store_slab(CUtensorMap const& map, Element const* from, int col
   }
 }
 
-// Stores rows part * kConsumerRows and on of a gradient. kRows: rows of the whole buffer, which
-// lies in slabs.
-template <class Traits, class Layout, int kSlab, int kColumns, class TiledMma, class Element,
-          class Gradient>
-CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Element* buffer,
-                                Gradient& gradient, float scale, GradientPlace const& place,
-                                int consumer, int part, int thread) {
+// Writes rows part * kConsumerRows and on of a gradient into a buffer. used: of the buffer's rows.
+template <class Traits, class Layout, class TiledMma, class Element, class Gradient>
+CUTE_DEVICE void write_gradient(TiledMma const& mma, Element* buffer, Gradient& gradient,
+                                float scale, int used, int part, int thread) {
   using namespace cute;
-  constexpr int kRows = Traits::kTileN;
   CUTE_UNROLL
   for (int i = 0; i < decltype(size(gradient))::value; ++i) gradient(i) *= scale;
   if constexpr (Traits::kRagged) {
     const int row = part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
-    if (place.used < kRows) {
+    if (used < Traits::kTileN) {
       CUTE_UNROLL
       for (int i = 0; i < decltype(size(gradient))::value; ++i) {
-        if (row + 8 * fragment_row(i) >= place.used) gradient(i) = 0.0f;
+        if (row + 8 * fragment_row(i) >= used) gradient(i) = 0.0f;
       }
     }
   }
@@ -65,36 +62,106 @@ CUTE_DEVICE void store_gradient(CUtensorMap const& map, TiledMma const& mma, Ele
   auto copy_out = make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, mma);
   auto thread_copy = copy_out.get_thread_slice(part * kWarpgroupThreads + thread);
   copy(copy_out, thread_copy.retile_S(rounded), thread_copy.partition_D(shared));
-  tma_store_fence();  // what TMA reads was written by ordinary stores
-  sync_consumer(consumer);
-  if (thread != 0) return;
+}
+
+// Stores rows part * kConsumerRows and on of a gradient, which begin at `from` and lie in slabs,
+// kStride elements from one to the next; one thread.
+template <class Traits, int kSlab, int kColumns, int kStride, class Element>
+CUTE_DEVICE void send_slabs(CUtensorMap const& map, Element const* from, GradientPlace const& place,
+                            int part) {
   const int row = place.origin.row + place.row + part * kConsumerRows;
   CUTE_UNROLL
-  for (int column = 0; column < kColumns; column += kSlab) {
-    const Element* from = buffer + column * kRows + part * kConsumerRows * kSlab;
-    store_slab<Traits>(map, from, column, row, place);
+  for (int i = 0; i < kColumns / kSlab; ++i) {
+    store_slab<Traits>(map, from + i * kStride, i * kSlab, row, place);
   }
-  tma_store_arrive();
+  cute::tma_store_arrive();
+}
+// Likewise of one in K's or V's place.
+template <class Traits, int kSlab, int kColumns, class Element>
+CUTE_DEVICE void send_gradient(CUtensorMap const& map, Element const* buffer,
+                               GradientPlace const& place, int part) {
+  send_slabs<Traits, kSlab, kColumns, Traits::kTileN * kSlab>(
+      map, buffer + part * kConsumerRows * kSlab, place, part);
 }
 
-// dV takes V's place, of which a consumer reads no rows but its own.
+// dV of the first of a pair takes V's place.
 template <class Traits, class GradientV>
 CUTE_DEVICE void store_dv(BackwardParams const& params, KeyTile const& tile,
-                          typename Traits::SharedStorage& shared, int consumer, int part,
-                          int thread, GradientV& rdV) {
-  store_gradient<Traits, typename Traits::LayoutV, Traits::kSlabV, Traits::kHeadDimV>(
-      params.dv, typename Traits::MmaDv{}, shared.v, rdV, 1.0f,
-      gradient_place<Traits>(tile, shared), consumer, part, thread);
+                          typename Traits::SharedStorage& shared, int thread, GradientV& rdV) {
+  const GradientPlace place = gradient_place<Traits>(tile, shared);
+  write_gradient<Traits, typename Traits::LayoutV>(typename Traits::MmaDv{}, shared.v[0], rdV, 1.0f,
+                                                   place.used, 0, thread);
+  cute::tma_store_fence();  // what TMA reads was written by ordinary stores
+  sync_consumer(0);
+  if (thread != 0) return;
+  send_gradient<Traits, Traits::kSlabV, Traits::kHeadDimV>(params.dv, shared.v[0], place, 0);
 }
 
-// dK takes K's, when all consumers have read it for dQ.
+// dK of the second one K's, when both have read it for dQ.
 template <class Traits, class GradientK>
 CUTE_DEVICE void store_dk(BackwardParams const& params, KeyTile const& tile,
-                          typename Traits::SharedStorage& shared, int consumer, int part,
-                          int thread, GradientK& rdK) {
-  store_gradient<Traits, typename Traits::LayoutK, Traits::kSlabK, Traits::kHeadDim>(
-      params.dk, typename Traits::MmaDk{}, shared.k, rdK, params.softmax_scale,
-      gradient_place<Traits>(tile, shared), consumer, part, thread);
+                          typename Traits::SharedStorage& shared, int thread, GradientK& rdK) {
+  const GradientPlace place = gradient_place<Traits>(tile, shared);
+  write_gradient<Traits, typename Traits::LayoutK>(typename Traits::MmaDk{}, shared.k[0], rdK,
+                                                   params.softmax_scale, place.used, 0, thread);
+  cute::tma_store_fence();
+  sync_consumer(1);
+  if (thread != 0) return;
+  send_gradient<Traits, Traits::kSlabK, Traits::kHeadDim>(params.dk, shared.k[0], place, 0);
+}
+
+// The gradients of one of the consumers alike, for the storing warp. dV takes V's place, of which a
+// consumer reads no rows but its own, or, where the next tile's V comes there, dS's, when the last
+// tile's dV has left; dK takes K's. Those two come when all consumers have multiplied the last dQ.
+template <class Traits, class GradientK, class GradientV>
+CUTE_DEVICE void hand_over(BackwardParams const& params, KeyTile const& tile,
+                           typename Traits::SharedStorage& shared, int slot, int consumer,
+                           int thread, GradientK& rdK, GradientV& rdV) {
+  const int used = gradient_place<Traits>(tile, shared, slot).used;
+  auto& barriers = shared.barriers;
+  if constexpr (Traits::kSharedValues) {
+    barriers.gradients_read[0].wait(slot ^ 1);
+    sync_consumers(Traits::kConsumers);
+  }
+  typename Traits::Element* const dv = Traits::kSharedValues ? shared.ds[0] : shared.v[slot];
+  write_gradient<Traits, typename Traits::LayoutDv>(typename Traits::MmaDv{}, dv, rdV, 1.0f, used,
+                                                    consumer, thread);
+  if constexpr (!Traits::kSharedValues) sync_consumers(Traits::kConsumers);
+  write_gradient<Traits, typename Traits::LayoutK>(typename Traits::MmaDk{}, shared.k[slot], rdK,
+                                                   params.softmax_scale, used, consumer, thread);
+  cute::tma_store_fence();
+  __syncwarp();
+  arrive_warp(barriers.gradients_full[slot]);
+}
+
+// One thread: stores what consumers hand over.
+template <class Traits>
+CUTE_DEVICE void store_gradients(BackwardParams const& params,
+                                 typename Traits::SharedStorage& shared) {
+  for (TileSink<Traits> tiles; tiles.next(shared); tiles.slot.advance()) {
+    const int slot = tiles.slot.stage;
+    const GradientPlace place = gradient_place<Traits>(tiles.tile(shared), shared, slot);
+    shared.barriers.gradients_full[slot].wait(tiles.slot.phase);
+    for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+      if constexpr (Traits::kSharedValues) {
+        send_slabs<Traits, Traits::kSlabV, Traits::kHeadDimV, Traits::kDsElements>(
+            params.dv, shared.ds[0] + consumer * Traits::kOwnDsElements, place, consumer);
+      } else {
+        send_gradient<Traits, Traits::kSlabV, Traits::kHeadDimV>(params.dv, shared.v[slot], place,
+                                                                 consumer);
+      }
+    }
+    for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
+      send_gradient<Traits, Traits::kSlabK, Traits::kHeadDim>(params.dk, shared.k[slot], place,
+                                                              consumer);
+    }
+    if constexpr (Traits::kSharedValues) {
+      cute::tma_store_wait<Traits::kConsumers>();
+      shared.barriers.gradients_read[0].arrive();
+    }
+    cute::tma_store_wait<0>();  // the tile after the next may have the place when TMA has read it
+    tiles.release(shared);
+  }
 }
 
 // All keys of the columns of a gradient that are a consumer's, transposed: (columns x keys).
@@ -111,7 +178,7 @@ CUTE_DEVICE void store_part(BackwardParams const& params, KeyTile const& tile,
   constexpr int kColumns = kAllColumns / kParts;
   constexpr int kSlab = kValues ? Traits::kSlabV : Traits::kSlabK;
   const int part = kParts == 1 ? 0 : consumer;
-  Element* const buffer = kValues ? shared.v : shared.k;
+  Element* const buffer = kValues ? shared.v[0] : shared.k[0];
   const GradientPlace place = gradient_place<Traits>(tile, shared);
   const float scale = kValues ? 1.0f : params.softmax_scale;
   const int first_key = thread % 4 * 2;

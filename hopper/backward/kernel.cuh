@@ -9,10 +9,12 @@
 namespace hopper_attention {
 
 template <class Traits>
-CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
+CUTE_DEVICE void init_barriers(BackwardParams const& params, typename Traits::Barriers& barriers) {
   constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
-  barriers.k_full.init(1);
-  barriers.v_full.init(1);
+  for (int i = 0; i < Traits::kTileSlots; ++i) {
+    barriers.k_full[i].init(1);
+    barriers.v_full[i].init(1);
+  }
   for (int i = 0; i < Traits::kStages; ++i) {
     const bool of_dout = i < Traits::kDoutStages;
     barriers.q_full[i].init(1);
@@ -30,6 +32,18 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers) {
   for (int i = 0; i < Traits::kConsumers; ++i) {
     barriers.dq_full[i].init(kWarpgroupWarps);
     barriers.dq_empty[i].init(1);
+  }
+  if constexpr (Traits::kPersistent) {
+    // The storing warp, and those that see to the adds.
+    const bool ordered = params.workspace.turns != nullptr;
+    const int releases = 1 + (ordered ? kKeepers : Traits::kDqBulk ? 1 : 0);
+    for (int i = 0; i < Traits::kTileSlots; ++i) {
+      barriers.tile_full[i].init(1);
+      barriers.tile_empty[i].init(releases);
+      barriers.gradients_full[i].init(kConsumerWarps);
+    }
+    barriers.v_empty[0].init(kConsumerWarps);
+    barriers.gradients_read[0].init(1);
   }
   cutlass::arch::fence_barrier_init();
 }
@@ -68,38 +82,96 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
     } else if constexpr (kWithValues < Traits::kConsumers) {
       consume_third<Traits, false>(params, tile, shared, consumer, thread);
     }
-  } else if constexpr (!Traits::kPaired) {
-    auto rdK = make_dk<Traits>();
-    auto rdV = make_dv<Traits>();
-    if constexpr (Traits::kLateDq) {
-      accumulate_late<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
-    } else {
-      accumulate_alike<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
-    }
-    store_dv<Traits>(params, tile, shared, consumer, consumer, thread, rdV);
-    sync_consumers(Traits::kConsumers);
-    store_dk<Traits>(params, tile, shared, consumer, consumer, thread, rdK);
   } else if (consumer == 0) {
     auto rdV = make_dv<Traits>();
     accumulate_values<Traits>(params, tile, shared, thread, rdV);
     sync_consumers(Traits::kConsumers);
-    store_dv<Traits>(params, tile, shared, consumer, 0, thread, rdV);
+    store_dv<Traits>(params, tile, shared, thread, rdV);
   } else {
     auto rdK = make_dk<Traits>();
     accumulate_cluster_keys<Traits>(params, tile, shared, thread, rdK);
     sync_consumers(Traits::kConsumers);
-    store_dk<Traits>(params, tile, shared, consumer, 0, thread, rdK);
+    store_dk<Traits>(params, tile, shared, thread, rdK);
   }
   if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
 }
 
-template <class Traits>
-CUTE_DEVICE void keep_order(BackwardParams const& params, KeyTile const& tile,
-                            typename Traits::SharedStorage& shared, int keeper) {
-  if constexpr (Traits::kDqBulk) {
-    add_dq_in_turn<Traits>(params, tile, shared, keeper);
+// One of the producer's warps that see to dQ's adds, as far as the consumers do not.
+template <class Traits, class Tiles>
+CUTE_DEVICE void add_in_background(BackwardParams const& params, Tiles const& tiles,
+                                   typename Traits::SharedStorage& shared, int keeper) {
+  if (params.workspace.turns == nullptr) {
+    if (Traits::kDqBulk && keeper == 0) {
+      if (cute::elect_one_sync()) add_dq<Traits>(params, tiles, shared);
+    }
+  } else if constexpr (Traits::kDqBulk) {
+    add_dq_in_turn<Traits>(params, tiles, shared, keeper);
   } else {
-    keep_turns<Traits>(params, tile, shared, keeper);
+    keep_turns<Traits>(params, tiles, shared, keeper);
+  }
+}
+
+// What a block does that has one tile.
+template <class Traits>
+CUTE_DEVICE void run_tile(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                          int warpgroup) {
+  const KeyTile tile = own_tile<Traits>(params, shared);
+  if constexpr (Traits::kRagged) {
+    if (tile.head_kv < 0) return;
+  }
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();
+    const int warp = cutlass::canonical_warp_idx_sync();
+    if (warp == 0) {
+      QueryRings<Traits> rings;
+      if (cute::elect_one_sync()) produce<Traits>(params, tile, shared, 0, rings);
+    } else if (Traits::kClustered && warp > kKeepers) {
+      if (cute::elect_one_sync()) send_ds<Traits>(params, tile, shared);
+      __syncwarp();
+      // A block must be there while the other one writes into its shared memory: this warp stays
+      // until all other threads of both have gone, which the barrier counts like arrivals.
+      cute::cluster_sync();
+    } else if (warp <= kKeepers) {
+      add_in_background<Traits>(params, OneTile<Traits>{tile}, shared, warp - 1);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();
+    consume<Traits>(params, tile, shared, warpgroup - 1);
+  }
+}
+
+// One of the producer's warps, of a persistent block.
+template <class Traits>
+CUTE_DEVICE void serve(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                       int warp) {
+  if (warp == 0) {
+    produce_tiles<Traits>(params, shared);
+  } else if (warp == kKeepers + 1) {
+    if (cute::elect_one_sync()) store_gradients<Traits>(params, shared);
+  } else {
+    add_in_background<Traits>(params, AllTiles<Traits>{}, shared, warp - 1);
+  }
+}
+
+template <class Traits>
+CUTE_DEVICE void run_tiles(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                           int warpgroup) {
+  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();
+    serve<Traits>(params, shared, cutlass::canonical_warp_idx_sync());
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();
+    const int consumer = warpgroup - 1, thread = threadIdx.x % kWarpgroupThreads;
+    const auto give = [&](KeyTile const& tile, int slot, auto& rdK, auto& rdV) {
+      hand_over<Traits>(params, tile, shared, slot, consumer, thread, rdK, rdV);
+    };
+    if constexpr (Traits::kLateDq) {
+      consume_late<Traits>(params, shared, consumer, thread, give);
+    } else {
+      consume_alike<Traits>(params, shared, consumer, thread, give);
+    }
   }
 }
 
@@ -107,7 +179,6 @@ template <class Instance>
 __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     backward_kernel(__grid_constant__ const BackwardParams params) {
   using Traits = BackwardTraits<Instance>;
-  constexpr RegisterSplit kSplit = register_split(Traits::kConsumers);
   extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
   if (threadIdx.x == 0) {
@@ -115,40 +186,24 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.q);
     cute::prefetch_tma_descriptor(&params.v);
     cute::prefetch_tma_descriptor(&params.dout);
-    init_barriers<Traits>(shared.barriers);
+    init_barriers<Traits>(params, shared.barriers);
   }
-  if constexpr (Traits::kRagged) {
-    if (cutlass::canonical_warp_idx_sync() == 1) find_tile<Traits>(params, shared.tile[0]);
+  if constexpr (Traits::kRagged && !Traits::kPersistent) {
+    if (cutlass::canonical_warp_idx_sync() == 1) {
+      const SharedTile found = find_tile<Traits>(params, blockIdx.x);
+      if (threadIdx.x % 32 == 0) shared.tile[0] = found;
+    }
   }
   if constexpr (Traits::kClustered) {
     cute::cluster_sync();  // before anything arrives from the other block
   } else {
     __syncthreads();
   }
-  const KeyTile tile = own_tile<Traits>(params, shared);
-  if constexpr (Traits::kRagged) {
-    if (tile.head_kv < 0) return;
-  }
   const int warpgroup = cutlass::canonical_warp_group_idx();
-  if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();
-    const int warp = cutlass::canonical_warp_idx_sync();
-    if (warp == 0) {
-      if (cute::elect_one_sync()) produce<Traits>(params, tile, shared);
-    } else if (Traits::kClustered && warp > kKeepers) {
-      if (cute::elect_one_sync()) send_ds<Traits>(params, tile, shared);
-      __syncwarp();
-      // A block must be there while the other one writes into its shared memory: this warp stays
-      // until all other threads of both have gone, which the barrier counts like arrivals.
-      cute::cluster_sync();
-    } else if (params.workspace.turns != nullptr) {
-      if (warp <= kKeepers) keep_order<Traits>(params, tile, shared, warp - 1);
-    } else if (Traits::kDqBulk && warp == 1) {
-      if (cute::elect_one_sync()) add_dq<Traits>(params, tile, shared);
-    }
+  if constexpr (Traits::kPersistent) {
+    run_tiles<Traits>(params, shared, warpgroup);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kSplit.consumer>();
-    consume<Traits>(params, tile, shared, warpgroup - 1);
+    run_tile<Traits>(params, shared, warpgroup);
   }
 }
 

@@ -1,5 +1,5 @@
-// Which keys a block of the grid has, where that is not arithmetic: in packed batches it reads a
-// list that was made on the device. Dense batches with a soft cap run in the same kernels.
+// Which keys a tile has: arithmetic, but in packed batches a list that was made on the device.
+// Dense batches with a soft cap run in the same kernels.
 #pragma once
 
 #include "backward/load.cuh"
@@ -10,9 +10,9 @@ namespace hopper_attention {
 // That of the list, whose groups follow one another, and which has an entry for all kCluster blocks
 // of a cluster; by a whole warp.
 template <int kCluster>
-CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
+CUTE_DEVICE SharedTile listed_tile(KeyList const& list, int index) {
   const PackedOrder& order = list.order;
-  const int work_idx = blockIdx.x / kCluster, lane = threadIdx.x % 32;
+  const int work_idx = index / kCluster, lane = threadIdx.x % 32;
   const int end = lane < order.num_groups ? __ldcg(list.header->group_end + lane) : 0;
   const bool behind = lane < order.num_groups && work_idx >= end * order.heads;
   const int group = __popc(__ballot_sync(0xffffffff, behind));
@@ -26,7 +26,7 @@ CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
   const auto* words = reinterpret_cast<const int4*>(list.entries + group_begin + work.entry);
   const int4 block = __ldcg(words), keys = __ldcg(words + 1);
   const KeyEntry entry{block.x, block.y, block.z, block.w, keys.x, keys.y, keys.z, 0};
-  return {entry.n_block * kCluster + static_cast<int>(blockIdx.x % kCluster),
+  return {entry.n_block * kCluster + index % kCluster,
           work.head,
           entry.first_block,
           kRaggedRows,
@@ -34,15 +34,21 @@ CUTE_DEVICE SharedTile listed_tile(KeyList const& list) {
           ragged_origin(entry.k_begin, entry.seqlen_k),
           ragged_origin(entry.k_begin, entry.keys),
           entry.seqlen_q,
-          entry.seqlen_k};
+          entry.seqlen_k,
+          {0, 0},
+          0,
+          0};
 }
 
-// One warp finds the block's tile and leaves it in shared memory.
+// The index-th tile; by a whole warp. Its head_kv is negative where there are not as many.
 template <class Traits>
-CUTE_DEVICE void find_tile(BackwardParams const& params, SharedTile& shared) {
-  SharedTile found;
-  if (Traits::kCapped && params.list.entries == nullptr) {
-    const KeyTile tile = key_tile<Traits>(params);
+CUTE_DEVICE SharedTile find_tile(BackwardParams const& params, int index) {
+  SharedTile found{};
+  found.head_kv = -1;
+  if (Traits::kRagged && !(Traits::kCapped && params.list.entries == nullptr)) {
+    found = listed_tile<Traits::kCluster>(params.list, index);
+  } else if (index / Traits::kCluster < params.order.num_tiles()) {
+    const KeyTile tile = key_tile<Traits>(params, index);
     const int heads = params.order.heads * params.heads_per_kv;
     found = {tile.n_block,
              tile.head_kv,
@@ -52,11 +58,12 @@ CUTE_DEVICE void find_tile(BackwardParams const& params, SharedTile& shared) {
              tile.k,
              tile.k,
              params.mask.seqlen_q,
-             params.mask.seqlen_k};
-  } else {
-    found = listed_tile<Traits::kCluster>(params.list);
+             params.mask.seqlen_k,
+             tile.m_blocks,
+             0,
+             0};
   }
-  if (threadIdx.x % 32 == 0) shared = found;
+  return found;
 }
 
 // Out of shared memory, anew each time: registers are what is short.
@@ -71,22 +78,31 @@ CUTE_DEVICE int4 load_tile_words(SharedTile const& tile, int index) {
 CUTE_DEVICE SharedTile load_tile(SharedTile const& tile) {
   const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
   const int4 c = load_tile_words(tile, 2);
-  return {a.x, a.y, a.z, a.w, {b.x, b.y}, {b.z, b.w}, {c.x, c.y}, c.z, c.w};
+  return {a.x, a.y, a.z, a.w, {b.x, b.y}, {b.z, b.w}, {c.x, c.y}, c.z, c.w, {0, 0}, 0, 0};
 }
 
-// The mask of the block's sequence.
+// The mask of the tile's sequence.
 template <class Traits>
 CUTE_DEVICE Mask tile_mask(BackwardParams const& params,
-                           typename Traits::SharedStorage const& shared) {
+                           typename Traits::SharedStorage const& shared, int slot = 0) {
   if constexpr (Traits::kRagged) {
-    const int4 words = load_tile_words(shared.tile[0], 2);
+    const int4 words = load_tile_words(shared.tile[slot], 2);
     return sequence_mask(params.mask, words.z, words.w);
   } else {
     return params.mask;
   }
 }
 
-// head_kv is negative where the block has nothing to do.
+// What a warp needs to know of a tile that is in shared memory.
+template <class Traits>
+CUTE_DEVICE KeyTile told_tile(typename Traits::SharedStorage const& shared, int slot) {
+  SharedTile const& tile = shared.tile[slot];
+  const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
+  const int4 c = load_tile_words(tile, 3);
+  return {a.x, a.y, 0, {c.x, c.y}, a.z, {b.x, b.y}, {b.z, b.w}, a.w};
+}
+
+// The tile of a block that has one. head_kv is negative where it has nothing to do.
 template <class Traits>
 CUTE_DEVICE KeyTile own_tile(BackwardParams const& params,
                              typename Traits::SharedStorage const& shared) {
@@ -103,7 +119,7 @@ CUTE_DEVICE KeyTile own_tile(BackwardParams const& params,
             tile.k,
             tile.wrap};
   } else {
-    return key_tile<Traits>(params);
+    return key_tile<Traits>(params, blockIdx.x);
   }
 }
 

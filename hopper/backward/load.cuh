@@ -24,12 +24,12 @@ struct KeyTile {
 };
 
 template <class Traits>
-CUTE_DEVICE KeyTile key_tile(BackwardParams const& params) {
+CUTE_DEVICE KeyTile key_tile(BackwardParams const& params, int index) {
   // Blocks of a cluster go through the query blocks that see a key of any of them.
   constexpr int kCluster = Traits::kCluster, kKeys = kCluster * Traits::kTileN;
-  const WorkTile work = params.order(blockIdx.x / kCluster);
+  const WorkTile work = params.order(index / kCluster);
   const int cluster = key_block(params.order, work, params.last_first);
-  const int n_block = cluster * kCluster + blockIdx.x % kCluster;
+  const int n_block = cluster * kCluster + index % kCluster;
   const int begin = cluster * kKeys;
   const int end = min(begin + kKeys, params.mask.seqlen_k);
   const BlockRange m_blocks = params.heads_per_kv == 0
@@ -76,15 +76,15 @@ CUTE_DEVICE void load_slabs(CUtensorMap const& map, FullBarrier& barrier,
   }
 }
 
-// The block's keys; and of a cluster's other block, the columns of this one's dQ.
+// The tile's keys; and of a cluster's other block, the columns of this one's dQ.
 template <class Traits>
 CUTE_DEVICE void load_keys(BackwardParams const& params, KeyTile const& tile,
-                           typename Traits::SharedStorage& shared) {
+                           typename Traits::SharedStorage& shared, int slot) {
   constexpr int kN = Traits::kTileN, kD = Traits::kHeadDim, kPeerD = Traits::kPeerColumns;
   constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_FIRST;
-  FullBarrier& full = shared.barriers.k_full;
+  FullBarrier& full = shared.barriers.k_full[slot];
   full.arrive_and_expect_tx(kN * (kD + kPeerD) * kElementBytes);
-  load_slabs<Traits, Traits::kSlabK, kD, kN>(params.k, full, kHint, shared.k, tile.k,
+  load_slabs<Traits, Traits::kSlabK, kD, kN>(params.k, full, kHint, shared.k[slot], tile.k,
                                              tile.n_block * kN, tile.head_kv, tile.wrap);
   if constexpr (Traits::kClustered) {
     load_slabs<Traits, Traits::kSlabK, kPeerD, kN>(params.k, full, kHint, shared.peer_k, tile.k,
@@ -93,11 +93,41 @@ CUTE_DEVICE void load_keys(BackwardParams const& params, KeyTile const& tile,
   }
 }
 
+// Where there is one V for all tiles, when the last tile's dP no longer needs it.
+template <class Traits>
+CUTE_DEVICE void load_values(BackwardParams const& params, KeyTile const& tile,
+                             typename Traits::SharedStorage& shared, int slot) {
+  constexpr int kN = Traits::kTileN, kDv = Traits::kHeadDimV;
+  FullBarrier& full = shared.barriers.v_full[slot];
+  if constexpr (Traits::kSharedValues) shared.barriers.v_empty[0].wait(slot ^ 1);
+  full.arrive_and_expect_tx(kN * kDv * kElementBytes);
+  load_slabs<Traits, Traits::kSlabV, kDv, kN>(params.v, full, cute::TMA::CacheHintSm90::EVICT_FIRST,
+                                              shared.v[slot % Traits::kValueBuffers], tile.k,
+                                              tile.n_block * kN, tile.head_kv, tile.wrap);
+}
+
+// A producer's place in the rings of Q and dO: one for both where they have as many stages.
+template <class Traits>
+struct QueryRings {
+  static constexpr bool kOne = Traits::kDoutStages == Traits::kStages;
+  Ring<Traits::kStages> q;
+  Ring<Traits::kDoutStages> dout;
+
+  CUTE_DEVICE int dout_stage() const { return kOne ? q.stage : dout.stage; }
+  CUTE_DEVICE std::uint32_t dout_phase() const { return kOne ? q.phase : dout.phase; }
+  CUTE_DEVICE void advance() {
+    q.advance();
+    if constexpr (!kOne) dout.advance();
+  }
+};
+
+// One thread. slot: the tile's; `rings` run on from tile to tile.
 template <class Traits>
 CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
-                         typename Traits::SharedStorage& shared) {
+                         typename Traits::SharedStorage& shared, int slot,
+                         QueryRings<Traits>& rings) {
   using cute::TMA::CacheHintSm90;
-  constexpr int kM = Traits::kTileM, kN = Traits::kTileN;
+  constexpr int kM = Traits::kTileM;
   constexpr int kD = Traits::kHeadDim, kDv = Traits::kHeadDimV;
   constexpr int kStatisticsBytes = kM * sizeof(float);
   auto& barriers = shared.barriers;
@@ -108,15 +138,12 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
         reinterpret_cast<std::uint64_t*>(&barrier), to, kStatisticsBytes);
   };
   bool first = true;
-  Ring<Traits::kStages> ring;
-  constexpr bool kOneRing = Traits::kDoutStages == Traits::kStages;
-  Ring<Traits::kDoutStages> dout_ring;
   for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
-    const int stage = ring.stage;
+    const int stage = rings.q.stage;
     const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
-    if (first) load_keys<Traits>(params, tile, shared);
+    if (first) load_keys<Traits>(params, tile, shared, slot);
     FullBarrier& q_full = barriers.q_full[stage];
-    barriers.q_empty[stage].wait(ring.phase ^ 1);
+    barriers.q_empty[stage].wait(rings.q.phase ^ 1);
     // A cluster's dO goes back before delta is read, which therefore comes with Q.
     constexpr int kWithQ = (Traits::kClustered ? 2 : 1) * kStatisticsBytes;
     q_full.arrive_and_expect_tx(kM * kD * kElementBytes + kWithQ);
@@ -127,16 +154,10 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     if constexpr (Traits::kClustered) {
       load_statistics(q_full, shared.delta[stage], params.workspace.delta, head, m_block);
     }
-    if (first) {
-      barriers.v_full.arrive_and_expect_tx(kN * kDv * kElementBytes);
-      load_slabs<Traits, Traits::kSlabV, kDv, kN>(params.v, barriers.v_full,
-                                                  CacheHintSm90::EVICT_FIRST, shared.v, tile.k,
-                                                  tile.n_block * kN, tile.head_kv, tile.wrap);
-      first = false;
-    }
-    const int dout_stage = kOneRing ? stage : dout_ring.stage;
+    if (first && !Traits::kSharedValues) load_values<Traits>(params, tile, shared, slot);
+    const int dout_stage = rings.dout_stage();
     FullBarrier& dout_full = barriers.dout_full[dout_stage];
-    barriers.dout_empty[dout_stage].wait((kOneRing ? ring.phase : dout_ring.phase) ^ 1);
+    barriers.dout_empty[dout_stage].wait(rings.dout_phase() ^ 1);
     constexpr int kWithDout = 2 * kStatisticsBytes - kWithQ;
     dout_full.arrive_and_expect_tx(kM * kDv * kElementBytes + kWithDout);
     load_slabs<Traits, Traits::kSlabV, kDv, kM>(params.dout, dout_full, CacheHintSm90::EVICT_LAST,
@@ -145,8 +166,10 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     if constexpr (!Traits::kClustered) {
       load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
     }
-    ring.advance();
-    dout_ring.advance();
+    // Behind what does not wait for the last tile.
+    if (first && Traits::kSharedValues) load_values<Traits>(params, tile, shared, slot);
+    first = false;
+    rings.advance();
   }
 }
 

@@ -15,7 +15,7 @@ template <class Traits>
 CUTE_DEVICE auto dq_operands(typename Traits::SharedStorage& shared, int first_thread) {
   using namespace cute;
   auto slice = typename Traits::MmaDq{}.get_thread_slice(first_thread);
-  Tensor sKt = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutKt{});
+  Tensor sKt = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutKts{});
   Tensor sdS = make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDs{});
   if constexpr (Traits::kDqTransposed) {
     return make_tuple(slice.partition_fragment_A(sKt), slice.partition_fragment_B(sdS));
@@ -24,9 +24,10 @@ CUTE_DEVICE auto dq_operands(typename Traits::SharedStorage& shared, int first_t
   }
 }
 
-// Issues one slice of it, or adds to it.
+// Issues one slice of it, or adds to it. slot: which K.
 template <class Traits, bool kFresh = true, class Operands, class Fragment>
-CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fragment& dq) {
+CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slot, int slice,
+                          Fragment& dq) {
   using namespace cute;
   typename Traits::MmaDq mma;
   auto const& a = get<0>(operands);
@@ -37,9 +38,9 @@ CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fra
   CUTE_UNROLL
   for (int k = 0; k < Traits::kTileN / 16; ++k) {
     if constexpr (Traits::kDqTransposed) {
-      gemm(mma, a(_, _, k), b(_, _, k, ds_stage), dq);
+      gemm(mma, a(_, _, k, slot), b(_, _, k, ds_stage), dq);
     } else {
-      gemm(mma, a(_, 0, k, ds_stage), b(_, slice, k), dq(_, 0, 0));
+      gemm(mma, a(_, 0, k, ds_stage), b(_, slice, k, slot), dq(_, 0, 0));
     }
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
@@ -47,7 +48,8 @@ CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slice, Fra
   warpgroup_fence_operand(dq);
 }
 
-// dS^T of a consumer's keys into shared memory, where dQ's product reads it as dS.
+// dS^T of a consumer's keys into shared memory, where dQ's product reads it as dS. A thread's
+// addresses are then one and constants: 16 rows further the swizzle is the same.
 template <class Traits>
 CUTE_DEVICE auto ds_writer(typename Traits::SharedStorage& shared, int tile_thread) {
   using namespace cute;
@@ -55,7 +57,8 @@ CUTE_DEVICE auto ds_writer(typename Traits::SharedStorage& shared, int tile_thre
   auto copy_ds =
       make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, typename Traits::MmaScores{});
   auto thread_copy = copy_ds.get_thread_slice(tile_thread);
-  Tensor sdSt = make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDst{});
+  Tensor sdSt = as_position_independent_swizzle_tensor(
+      make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDst{}));
   return make_tuple(copy_ds, thread_copy, thread_copy.partition_D(sdSt));
 }
 template <class Writer, class Operand, class Layout>
@@ -91,116 +94,145 @@ CUTE_DEVICE int first_key_of(KeyTile const& tile, int part, int thread) {
   return tile.n_block * Traits::kTileN + part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
 }
 
-template <class Traits, class GradientK, class GradientV>
-CUTE_DEVICE void accumulate_alike(BackwardParams const& params, KeyTile const& tile,
-                                  typename Traits::SharedStorage& shared, int consumer, int thread,
-                                  GradientK& rdK, GradientV& rdV) {
+// Where there is one V: behind a step's dP and ahead of writing dS. V may be the next tile's behind
+// the last dP, and the last tile's dV must have left dS's buffers. slot: the tile's.
+template <class Traits>
+CUTE_DEVICE void pass_values(typename Traits::Barriers& barriers, QuerySteps const& at, int slot) {
+  if constexpr (Traits::kSharedValues) {
+    if (at.last()) arrive_warp(barriers.v_empty[0]);
+    barriers.gradients_read[0].wait(slot ^ 1);
+  }
+}
+// Of a tile without steps.
+template <class Traits>
+CUTE_DEVICE void skip_values(typename Traits::Barriers& barriers) {
+  if constexpr (Traits::kSharedValues) arrive_warp(barriers.v_empty[0]);
+}
+
+// All tiles of the block. hand_over(tile, slot, dK, dV): what is to be done with a tile's
+// gradients.
+template <class Traits, class HandOver>
+CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                               int consumer, int thread, HandOver hand_over) {
   using namespace cute;
   using Element = typename Traits::Element;
   auto& barriers = shared.barriers;
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaDv mma_dv;
   typename Traits::MmaDk mma_dk;
-  Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
-  Tensor sV = make_tensor(make_smem_ptr(shared.v), typename Traits::LayoutV{});
+  Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutKs{});
+  Tensor sV = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVs{});
 
   const int first_thread = consumer * kWarpgroupThreads;
   auto queries = query_operands<Traits, typename Traits::MmaScores>(shared, first_thread);
   Tensor tSrQ = get<0>(queries), tPrdO = get<1>(queries);
   Tensor tVrdO = get<2>(queries), tKrQ = get<3>(queries);
   auto slice_scores = mma_scores.get_thread_slice(first_thread);
-  Tensor tSrK = slice_scores.partition_fragment_A(sK);  // (MMA, 1, d/16)
-  Tensor tPrV = slice_scores.partition_fragment_A(sV);  // (MMA, 1, dv/16)
+  Tensor tSrK = slice_scores.partition_fragment_A(sK);  // (MMA, 1, d/16, slots)
+  Tensor tPrV = slice_scores.partition_fragment_A(sV);  // (MMA, 1, dv/16, buffers)
   auto operands = dq_operands<Traits>(shared, first_thread);
   auto writer = ds_writer<Traits>(shared, first_thread + thread);
   auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
-  const int first_key = first_key_of<Traits>(tile, consumer, thread);
-  const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
   Ring<Traits::kStages> ring;
   Ring<Traits::kDsStages> ds_ring;
-  QuerySteps at = query_steps(params, tile);
-  if (!at.done()) {
-    barriers.k_full.wait(0);
-    barriers.v_full.wait(0);
-  }
   // Ahead, the next step's S is issued under this step's dK.
   constexpr bool kAhead = Traits::kAheadScores;
-  Tensor rS = partition_fragment_C(mma_scores, ShapeScores{});
-  auto issue_scores = [&](Ring<Traits::kStages> const& of, bool exists) {
-    if (exists) barriers.q_full[of.stage].wait(of.phase);
-    issue_product<true>(mma_scores, tSrK, tSrQ(_, _, _, of.stage), rS);
-  };
-  auto step = [&](auto kPlain) {
-    const int stage = ring.stage, ds_stage = ds_ring.stage;
-    Tensor rdP = partition_fragment_C(mma_scores, ShapeScores{});
-    if constexpr (!kAhead) issue_scores(ring, true);
-    barriers.dout_full[stage].wait(ring.phase);
-    issue_product<true>(mma_scores, tPrV, tPrdO(_, _, _, stage), rdP);
-    if constexpr (!kAhead) {
+  for (TileSink<Traits> tiles; tiles.next(shared); tiles.slot.advance()) {
+    const int slot = tiles.slot.stage;
+    const KeyTile tile = told_tile<Traits>(shared, slot);
+    const int first_key = first_key_of<Traits>(tile, consumer, thread);
+    const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared, slot), tile);
+    QuerySteps at = query_steps(params, tile);
+    Tensor rS = partition_fragment_C(mma_scores, ShapeScores{});
+    Tensor rdK = partition_fragment_C(mma_dk, Shape<typename Traits::N, typename Traits::D>{});
+    Tensor rdV = partition_fragment_C(mma_dv, Shape<typename Traits::N, typename Traits::Dv>{});
+    // A tile's last step issues one more, which nobody needs: a branch around the product would
+    // make ptxas wait for those in flight.
+    auto issue_scores = [&](bool exists) {
+      if (exists) barriers.q_full[ring.stage].wait(ring.phase);
+      Tensor keys = tSrK(_, _, _, slot);
+      issue_product<true>(mma_scores, keys, tSrQ(_, _, _, ring.stage), rS);
+    };
+    auto step = [&](auto kPlain) {
+      const int stage = ring.stage, ds_stage = ds_ring.stage;
+      Tensor rdP = partition_fragment_C(mma_scores, ShapeScores{});
+      if constexpr (!kAhead) issue_scores(true);
+      barriers.dout_full[stage].wait(ring.phase);
+      Tensor values = tPrV(_, _, _, slot % Traits::kValueBuffers);
+      issue_product<true>(mma_scores, values, tPrdO(_, _, _, stage), rdP);
+      if constexpr (!kAhead) {
+        warpgroup_wait<1>();
+        warpgroup_fence_operand(rS);
+      }
+      exponentiate<Traits>(params, shared.lse_log2[stage], rS);
+      if constexpr (!kPlain) {
+        mask_scores<Traits>(tile_mask<Traits>(params, shared, slot), first_key, at.m_block, rS);
+      }
+      // As register operands P^T and dS^T have their accumulators' elements in the same order.
+      using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
+      Tensor rP = make_tensor<Element>(LayoutA{});
+      Tensor rdS = make_tensor<Element>(LayoutA{});
+      warpgroup_wait<0>();
+      warpgroup_fence_operand(rdP);
+      pass_values<Traits>(barriers, at, slot);
+      barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
+      differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
+      write_ds(writer, ds_stage, rdS, rS.layout());
+      __syncwarp();
+      arrive_warp(barriers.ds_full[ds_stage]);
+      issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
+      barriers.ds_full[ds_stage].wait(ds_ring.phase);
+      Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
+      issue_dq<Traits>(operands, ds_stage, slot, 0, rdQ);
       warpgroup_wait<1>();
+      warpgroup_fence_operand(rdV);
+      arrive_warp(barriers.dout_empty[stage]);
+      issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
+      ring.advance();
+      // Adds out of registers hold a warp at the next branch, as in the next S's barrier, until
+      // their dQ has been read. Those by bulk reductions are short, and better come before the next
+      // S.
+      constexpr bool kScoresFirst = kAhead && !Traits::kDqBulk;
+      if constexpr (kScoresFirst) {
+        issue_scores(!at.last());
+        warpgroup_wait<2>();
+      } else {
+        warpgroup_wait<1>();
+      }
+      warpgroup_fence_operand(rdQ);
+      arrive_warp(barriers.ds_empty[ds_stage]);
+      adder.begin();
+      adder.add(rdQ, at.block, 0);
+      adder.end();
+      if constexpr (kAhead && !kScoresFirst) issue_scores(!at.last());
+      if constexpr (kAhead) {
+        warpgroup_wait<1>();
+      } else {
+        warpgroup_wait<0>();
+      }
+      warpgroup_fence_operand(rdK);
+      arrive_warp(barriers.q_empty[stage]);
+      if constexpr (kAhead) {
+        warpgroup_wait<0>();
+        warpgroup_fence_operand(rS);
+      }
+      ds_ring.advance();
+    };
+    barriers.k_full[slot].wait(tiles.slot.phase);
+    barriers.v_full[slot].wait(tiles.slot.phase);
+    if (at.done()) {
+      skip_values<Traits>(barriers);
+    } else if constexpr (kAhead) {
+      issue_scores(true);
+      warpgroup_wait<0>();
       warpgroup_fence_operand(rS);
     }
-    exponentiate<Traits>(params, shared.lse_log2[stage], rS);
-    if constexpr (!kPlain) {
-      mask_scores<Traits>(tile_mask<Traits>(params, shared), first_key, at.m_block, rS);
-    }
-    // As register operands P^T and dS^T have their accumulators' elements in the same order.
-    using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
-    Tensor rP = make_tensor<Element>(LayoutA{});
-    Tensor rdS = make_tensor<Element>(LayoutA{});
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rdP);
-    barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
-    differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
-    write_ds(writer, ds_stage, rdS, rS.layout());
-    __syncwarp();
-    arrive_warp(barriers.ds_full[ds_stage]);
-    issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
-    barriers.ds_full[ds_stage].wait(ds_ring.phase);
-    Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
-    issue_dq<Traits>(operands, ds_stage, 0, rdQ);
-    warpgroup_wait<1>();
-    warpgroup_fence_operand(rdV);
-    arrive_warp(barriers.dout_empty[stage]);
-    issue_product<false>(mma_dk, rdS, tKrQ(_, _, _, stage), rdK);
-    ring.advance();
-    // Adds out of registers hold a warp at the next branch, as in the next S's barrier, until their
-    // dQ has been read. Those by bulk reductions are short, and better come before the next S.
-    constexpr bool kScoresFirst = kAhead && !Traits::kDqBulk;
-    if constexpr (kScoresFirst) {
-      issue_scores(ring, !at.last());
-      warpgroup_wait<2>();
-    } else {
-      warpgroup_wait<1>();
-    }
-    warpgroup_fence_operand(rdQ);
-    arrive_warp(barriers.ds_empty[ds_stage]);
-    adder.begin();
-    adder.add(rdQ, at.block, 0);
-    adder.end();
-    if constexpr (kAhead && !kScoresFirst) issue_scores(ring, !at.last());
-    if constexpr (kAhead) {
-      warpgroup_wait<1>();
-    } else {
-      warpgroup_wait<0>();
-    }
-    warpgroup_fence_operand(rdK);
-    arrive_warp(barriers.q_empty[stage]);
-    if constexpr (kAhead) {
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rS);
-    }
-    ds_ring.advance();
-  };
-  if constexpr (kAhead) {
-    issue_scores(ring, !at.done());
-    warpgroup_wait<0>();
-    warpgroup_fence_operand(rS);
+    start_gradients(rdK, rdV);
+    for_each_step<Traits>(at, plain, step);
+    hand_over(tile, slot, rdK, rdV);
   }
-  start_gradients(rdK, rdV);
-  for_each_step<Traits>(at, plain, step);
 }
 
 }  // namespace hopper_attention

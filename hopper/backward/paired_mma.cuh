@@ -39,7 +39,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaDv mma_dv;
   Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
-  Tensor sK = make_tensor(make_smem_ptr(shared.k), typename Traits::LayoutK{});
+  Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{});
   Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
   auto slice_scores = mma_scores.get_thread_slice(0);
   Tensor tSrK = slice_scores.partition_fragment_A(sK);                   // (MMA, 1, d/16)
@@ -101,7 +101,7 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
     late_block = at.block;
     ++at_step.count;
   };
-  if (!at.done()) barriers.k_full.wait(0);
+  if (!at.done()) barriers.k_full[0].wait(0);
   start_gradients(rdV);
   for_each_step<Traits>(at, plain, step);
   if (late_block >= 0) multiply({at_step.count - 1}, [] {});

@@ -20,6 +20,7 @@ struct BackwardWorkspace {
   float* delta;         // (batch, heads, rows): rowsum(dO * O) - dLSE; 0 past the end
   unsigned int* turns;  // (batch, heads, query blocks): key blocks that have added their dQ; null
                         // where the order of the adds is free
+  unsigned int* tickets;  // tiles that persistent blocks have drawn; null where they are not
 };
 
 struct BackwardParams {

@@ -37,14 +37,16 @@ __device__ uint4 load(StridedTensor const& tensor, int batch, int row, int head,
   return *reinterpret_cast<const uint4*>(static_cast<const std::uint16_t*>(tensor.data) + offset);
 }
 
-// Where the main kernel adds: dQ, and the turns of a fixed order.
+// Where the main kernel adds: dQ, the turns of a fixed order, and the tickets.
 __device__ void zero_sums(PreprocessParams const& params, QueryBlock const& own,
                           std::int64_t block) {
   // Where no row asks only the sinks' gradient reads the block: its statistics.
   const int dq_groups = own.used > 0 ? params.dq_layout.elements() / 4 : 0;
   float4* dq = reinterpret_cast<float4*>(params.workspace.dq) + block * dq_groups;
   for (int i = threadIdx.x; i < dq_groups; i += kThreads) dq[i] = make_float4(0, 0, 0, 0);
-  if (params.workspace.turns != nullptr && threadIdx.x == 0) params.workspace.turns[block] = 0;
+  if (threadIdx.x > 0) return;
+  if (params.workspace.turns != nullptr) params.workspace.turns[block] = 0;
+  if (params.workspace.tickets != nullptr && block == 0) *params.workspace.tickets = 0;
 }
 
 // A block a block of queries; kLanes threads a row. kPacked: the first block makes the list.

@@ -199,10 +199,10 @@ WorkspaceLayout workspace_layout(const BackwardPlan& plan, bool packed, bool det
   layout.lse_log2 = align(blocks * plan.dq_layout.elements() * sizeof(float));
   layout.delta = layout.lse_log2 + align(rows * sizeof(float));
   layout.turns = layout.delta + align(rows * sizeof(float));
-  layout.key_list = layout.turns;
-  if (deterministic) {
-    layout.key_list += align(blocks * sizeof(unsigned int));
-  }
+  layout.tickets = layout.turns;
+  if (deterministic) layout.tickets += align(blocks * sizeof(unsigned int));
+  layout.key_list = layout.tickets;
+  if (is_persistent(plan.config) && blocks > 0) layout.key_list += align(sizeof(unsigned int));
   layout.bytes = layout.key_list + (packed ? align(key_list_bytes(plan.max_key_entries)) : 0);
   return layout;
 }

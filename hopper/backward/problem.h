@@ -36,6 +36,7 @@ struct WorkspaceLayout {
   std::uint64_t lse_log2;
   std::uint64_t delta;
   std::uint64_t turns;
+  std::uint64_t tickets;
   std::uint64_t key_list;
   std::uint64_t bytes;
 };

@@ -33,21 +33,21 @@ CUTE_DEVICE void accumulate_third(BackwardParams const& params, KeyTile const& t
   Step at_step;
   QuerySteps at = query_steps(params, tile);
   if (!at.done()) {
-    barriers.k_full.wait(0);
-    barriers.v_full.wait(0);
+    barriers.k_full[0].wait(0);
+    barriers.v_full[0].wait(0);
   }
   Tensor rS = partition_fragment_C(typename Part::MmaScores{}, typename Part::ShapeScores{});
   auto issue_scores = [&](Step of, bool exists) __attribute__((always_inline)) {
     if (exists) barriers.q_full[of.stage()].wait(of.phase());
     issue_part_scores<Traits, typename Traits::LayoutQ, typename Traits::LayoutK>(
-        shared.q[0], shared.k, of.stage(), consumer, rS);
+        shared.q[0], shared.k[0], of.stage(), consumer, rS);
   };
   auto step = [&](auto kPlain) __attribute__((always_inline)) {
     const int stage = at_step.stage();
     Tensor rdP = partition_fragment_C(typename Part::MmaScores{}, typename Part::ShapeScores{});
     barriers.dout_full[0].wait(at_step.count % 2);
     issue_part_scores<Traits, typename Traits::LayoutDo, typename Traits::LayoutV>(
-        shared.dout[0], shared.v, 0, consumer, rdP);
+        shared.dout[0], shared.v[0], 0, consumer, rdP);
     exponentiate_rows<Traits>(params, row_pair(shared.lse_log2[stage], row), rS);
     if constexpr (!kPlain) {
       const int first_row = at.m_block * Traits::kTileM + row;
@@ -65,7 +65,8 @@ CUTE_DEVICE void accumulate_third(BackwardParams const& params, KeyTile const& t
     write_part<Traits>(shared.ds[0], 0, consumer, thread, rounded);
     sync_consumers(Traits::kConsumers);
     Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
-    issue_dq<Traits>(dq_operands<Traits>(*anew(&shared), consumer * kWarpgroupThreads), 0, 0, rdQ);
+    issue_dq<Traits>(dq_operands<Traits>(*anew(&shared), consumer * kWarpgroupThreads), 0, 0, 0,
+                     rdQ);
     if constexpr (kValues) {
       warpgroup_wait<1>();
       warpgroup_fence_operand(rdV);

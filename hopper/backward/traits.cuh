@@ -16,7 +16,7 @@
 
 namespace hopper_attention {
 
-// What a block that finds its keys in a list has found: its KeyTile, and its sequence's lengths.
+// What the warps of a block are told of a tile: its KeyTile, and its sequence's lengths.
 struct alignas(16) SharedTile {
   int n_block;
   int head_kv;  // negative: nothing to do
@@ -27,6 +27,10 @@ struct alignas(16) SharedTile {
   RowOrigin dk;
   int seqlen_q;
   int seqlen_k;
+  // Of persistent blocks, which have it ready.
+  BlockRange m_blocks;
+  int steps;  // 0: no query sees the keys
+  int unused;
 };
 
 // Instance is a struct with `static constexpr BackwardConfig kConfig`.
@@ -53,6 +57,11 @@ struct BackwardTraits {
   static constexpr bool kAheadScores = kConfig.ahead_scores;
   static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
   static constexpr bool kLateDq = kConfig.late_dq;
+  static constexpr bool kPersistent = is_persistent(kConfig);
+  static constexpr int kTileSlots = tile_slots(kConfig);
+  static constexpr int kValueBuffers = value_buffers(kConfig);
+  // One V for all tiles, one after another.
+  static constexpr bool kSharedValues = kValueBuffers < kTileSlots;
   static constexpr bool kPaired = is_paired(kConfig);
   static constexpr bool kThirds = in_thirds(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
@@ -88,6 +97,11 @@ struct BackwardTraits {
   using LayoutDo = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<M, Dv, DoutStages>{}));
   using LayoutK = decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D>{}));
   using LayoutV = decltype(cute::tile_to_shape(AtomK<kSlabV>{}, cute::Shape<N, Dv>{}));
+  // Of all buffers.
+  using LayoutKs =
+      decltype(cute::tile_to_shape(AtomK<kSlabK>{}, cute::Shape<N, D, cute::Int<kTileSlots>>{}));
+  using LayoutVs = decltype(cute::tile_to_shape(AtomK<kSlabV>{},
+                                                cute::Shape<N, Dv, cute::Int<kValueBuffers>>{}));
   // The same memory, read as the transpose.
   using LayoutQt = decltype(cute::tile_to_shape(AtomMN<kSlab>{}, cute::Shape<D, M, Stages>{},
                                                 cute::Step<cute::_2, cute::_1, cute::_3>{}));
@@ -95,6 +109,9 @@ struct BackwardTraits {
                                                  cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutKt = decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N>{},
                                                 cute::Step<cute::_2, cute::_1>{}));
+  using LayoutKts =
+      decltype(cute::tile_to_shape(AtomMN<kSlabK>{}, cute::Shape<D, N, cute::Int<kTileSlots>>{},
+                                   cute::Step<cute::_2, cute::_1, cute::_3>{}));
   using LayoutDs = decltype(cute::tile_to_shape(AtomK<ds_slab_columns(kTileN)>{},
                                                 cute::Shape<M, N, cute::Int<kDsStages>>{}));
   using LayoutDst = decltype(cute::composition(
@@ -121,6 +138,25 @@ struct BackwardTraits {
       cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<Rows, D, M>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>(),
       ByKeys{}));
+
+  // dV where it leaves through dS's buffers: a consumer's rows in the part of them that is its own,
+  // a slab in each.
+  static constexpr int kOwnDsElements = kTileM * kTileN / kConsumers;
+  static constexpr auto make_layout_dv() {
+    using namespace cute;
+    if constexpr (kSharedValues) {
+      static_assert(kHeadDimV / kSlabV <= kDsStages && kConsumerRows * kSlabV <= kOwnDsElements);
+      constexpr auto slab = tile_to_shape(AtomK<kSlabV>{}, Shape<Rows, Int<kSlabV>>{});
+      constexpr auto rows =
+          make_layout(get<0>(slab.layout_b()), Layout<Consumers, Int<kOwnDsElements>>{});
+      constexpr auto columns = make_layout(get<1>(slab.layout_b()),
+                                           Layout<Int<kHeadDimV / kSlabV>, Int<kTileM * kTileN>>{});
+      return make_composed_layout(slab.layout_a(), slab.offset(), make_layout(rows, columns));
+    } else {
+      return LayoutV{};
+    }
+  }
+  using LayoutDv = decltype(make_layout_dv());
 
   static constexpr auto make_mma_dq() {
     using namespace cute;
@@ -155,8 +191,8 @@ struct BackwardTraits {
   static constexpr int kPeerColumns = peer_columns(kConfig);
 
   struct Barriers {
-    FullBarrier k_full;
-    FullBarrier v_full;
+    FullBarrier k_full[kTileSlots];
+    FullBarrier v_full[kTileSlots];
     FullBarrier q_full[kStages];
     FullBarrier dout_full[kDoutStages];
     EmptyBarrier q_empty[kStages];
@@ -168,11 +204,19 @@ struct BackwardTraits {
     EmptyBarrier p_empty;
     EmptyBarrier dq_full[kConsumers];
     EmptyBarrier dq_empty[kConsumers];  // or, where consumers add themselves: their turn has come
+    // Of persistent blocks: a tile is known; nobody needs it, its K and its V any longer; dK and dV
+    // are in shared memory.
+    EmptyBarrier tile_full[kPersistent ? kTileSlots : 0];
+    EmptyBarrier tile_empty[kPersistent ? kTileSlots : 0];
+    EmptyBarrier gradients_full[kPersistent ? kTileSlots : 0];
+    // Where tiles share V: the tile's last dP is there; dV has left shared memory.
+    EmptyBarrier v_empty[kPersistent ? 1 : 0];
+    EmptyBarrier gradients_read[kPersistent ? 1 : 0];
   };
 
   struct alignas(kSharedAlignment) SharedStorage {
-    Element k[kTileN * kHeadDim];   // dK when the block is done
-    Element v[kTileN * kHeadDimV];  // dV likewise
+    Element k[kTileSlots][kTileN * kHeadDim];      // dK when the tile is done
+    Element v[kValueBuffers][kTileN * kHeadDimV];  // dV likewise
     Element q[kStages][kQElements];
     Element dout[kDoutStages][kDoElements];
     Element ds[kDsStages][kDsElements];
@@ -183,10 +227,11 @@ struct BackwardTraits {
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
     float delta[delta_stages(kConfig)][kTileM];
-    SharedTile tile[kRagged ? 1 : 0];
+    SharedTile tile[kRagged || kPersistent ? kTileSlots : 0];
     Barriers barriers;
   };
-  static_assert(!kRagged || sizeof(SharedTile) == tile_bytes(kConfig), "three 16-byte loads");
+  static_assert(!kRagged || sizeof(SharedTile) * kTileSlots == tile_bytes(kConfig),
+                "16-byte loads");
   static_assert(sizeof(SharedStorage) == shared_bytes(kConfig), "budget counts every byte");
 };
 

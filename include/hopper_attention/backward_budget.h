@@ -45,8 +45,17 @@ constexpr int q_stage_bytes(const BackwardConfig& config) {
 constexpr int dout_stage_bytes(const BackwardConfig& config) {
   return config.tile_m * config.key.head_dim_v * kElementBytes;
 }
-constexpr int key_bytes(const BackwardConfig& config) {
-  return config.tile_n * (config.key.head_dim + config.key.head_dim_v) * kElementBytes;
+// Blocks whose consumers are alike are persistent: they take one tile of keys after the other, and
+// what comes before a tile's first step and after its last runs under its neighbours' steps.
+constexpr bool is_persistent(const BackwardConfig& config) { return config.roles == Roles::kAlike; }
+// Tiles that a block knows of at a time: one at work, and the next one, or the last one while its
+// gradients leave. Each has a buffer of K.
+constexpr int tile_slots(const BackwardConfig& config) { return is_persistent(config) ? 2 : 1; }
+constexpr int key_buffer_bytes(const BackwardConfig& config) {
+  return config.tile_n * config.key.head_dim * kElementBytes;
+}
+constexpr int value_buffer_bytes(const BackwardConfig& config) {
+  return config.tile_n * config.key.head_dim_v * kElementBytes;
 }
 constexpr int ds_stage_bytes(const BackwardConfig& config) {
   return config.tile_m * config.tile_n * kElementBytes;
@@ -85,21 +94,34 @@ constexpr int statistics_bytes(const BackwardConfig& config) {
 // full barrier for K and one for V, and in a cluster for each copy of the other block's dS; 8 bytes
 // each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
-  return 8 * (2 + 2 * (config.stages + config.dout_stages) +
+  const int of_tiles = is_persistent(config) ? 5 * tile_slots(config) + 2 : 2;
+  return 8 * (of_tiles + 2 * (config.stages + config.dout_stages) +
               (is_clustered(config) ? 3 : 2) * config.ds_stages + 2 * config.num_consumers + 2);
 }
 // Which key block is whose, where that is read from a list.
 constexpr bool is_ragged(const BackwardConfig& config) {
   return config.key.mask == MaskKind::kPacked || config.key.mask == MaskKind::kCapped;
 }
-constexpr int tile_bytes(const BackwardConfig& config) { return is_ragged(config) ? 48 : 0; }
-constexpr int shared_bytes(const BackwardConfig& config) {
-  const int tensors = key_bytes(config) + config.stages * q_stage_bytes(config) +
-                      config.dout_stages * dout_stage_bytes(config) + peer_bytes(config) +
-                      config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
-                      p_bytes(config) + p16_bytes(config);
+constexpr int tile_bytes(const BackwardConfig& config) {
+  return is_persistent(config) || is_ragged(config) ? 64 * tile_slots(config) : 0;
+}
+constexpr int shared_bytes(const BackwardConfig& config, int value_buffers) {
+  const int tensors =
+      tile_slots(config) * key_buffer_bytes(config) + value_buffers * value_buffer_bytes(config) +
+      config.stages * q_stage_bytes(config) + config.dout_stages * dout_stage_bytes(config) +
+      peer_bytes(config) + config.ds_stages * ds_stage_bytes(config) + dq_bytes(config) +
+      p_bytes(config) + p16_bytes(config);
   return round_up(tensors + statistics_bytes(config) + tile_bytes(config) + barrier_bytes(config),
                   kSharedAlignment);
+}
+// As many of V as of K where there is room: then dV leaves through its tile's V. Else V has one,
+// which is loaded again right behind a tile's last dP, and dV leaves through dS's buffers.
+constexpr int value_buffers(const BackwardConfig& config) {
+  const int slots = tile_slots(config);
+  return shared_bytes(config, slots) <= kMaxSharedBytes ? slots : 1;
+}
+constexpr int shared_bytes(const BackwardConfig& config) {
+  return shared_bytes(config, value_buffers(config));
 }
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S

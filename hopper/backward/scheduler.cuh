@@ -1,0 +1,117 @@
+// How a persistent block gets its tiles: one of the producer's warps draws them, the others are
+// told.
+#pragma once
+
+#include "backward/key_tile.cuh"
+
+namespace hopper_attention {
+
+// The drawing side, a whole warp. A tile is drawn when its block runs, and its block's tiles are
+// done in the order in which they were drawn. So in a fixed order of the adds the tile with the
+// lowest number that is not done never waits for long, however few blocks run: it waits for adds of
+// tiles with lower numbers alone. Where a block's first tile is that of its own number, blocks that
+// do not run yet might be waited for.
+template <class Traits>
+struct TileSource {
+  int lane = threadIdx.x % 32;
+
+  CUTE_DEVICE int draw(BackwardParams const& params) const {
+    unsigned int ticket = 0;
+    if (lane == 0) ticket = atomicAdd(params.workspace.tickets, 1u);
+    return static_cast<int>(__shfl_sync(0xffffffff, ticket, 0));
+  }
+  CUTE_DEVICE int first(BackwardParams const& params) const {
+    return params.workspace.turns == nullptr ? blockIdx.x : draw(params);
+  }
+  CUTE_DEVICE int next(BackwardParams const& params) const {
+    const int ticket = draw(params);
+    return params.workspace.turns == nullptr ? gridDim.x + ticket : ticket;
+  }
+
+  CUTE_DEVICE SharedTile find(BackwardParams const& params, int work_idx) const {
+    SharedTile tile = find_tile<Traits>(params, work_idx);
+    if constexpr (Traits::kRagged) {
+      const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
+      tile.m_blocks = tile_query_blocks(mask, tile.n_block, Traits::kTileM, Traits::kTileN);
+    }
+    if (tile.head_kv >= 0 && !tile.m_blocks.empty()) {
+      tile.steps = (tile.m_blocks.end - tile.m_blocks.begin) * params.heads_per_kv;
+    }
+    return tile;
+  }
+};
+
+// The receiving side. A tile is released once by each that counts (init_barriers).
+template <class Traits>
+struct TileSink {
+  Ring<Traits::kTileSlots> slot;
+
+  // Waits for the next tile; false when there is none.
+  CUTE_DEVICE bool next(typename Traits::SharedStorage& shared) const {
+    shared.barriers.tile_full[slot.stage].wait(slot.phase);
+    return load_tile_words(shared.tile[slot.stage], 0).y >= 0;
+  }
+  CUTE_DEVICE KeyTile tile(typename Traits::SharedStorage const& shared) const {
+    return told_tile<Traits>(shared, slot.stage);
+  }
+  CUTE_DEVICE void release(typename Traits::SharedStorage& shared) {
+    shared.barriers.tile_empty[slot.stage].arrive();
+  }
+};
+
+// The tiles of a warp, in the order in which the block has them: each(work) calls
+// work(tile, slot). Of a block that has one tile:
+template <class Traits>
+struct OneTile {
+  KeyTile const& tile;
+
+  template <class Work>
+  CUTE_DEVICE void each(typename Traits::SharedStorage&, bool, Work work) const {
+    work(tile, 0);
+  }
+};
+// Of a persistent one. releases: whether this thread is the one that does; its warp is together
+// when work returns.
+template <class Traits>
+struct AllTiles {
+  template <class Work>
+  CUTE_DEVICE void each(typename Traits::SharedStorage& shared, bool releases, Work work) const {
+    for (TileSink<Traits> tiles; tiles.next(shared); tiles.slot.advance()) {
+      work(tiles.tile(shared), tiles.slot.stage);
+      if (releases) tiles.release(shared);
+    }
+  }
+};
+
+// Draws tiles, tells the others and loads what they need. A tile is drawn when all loads of the one
+// before it have been issued, about two steps before that one's end.
+template <class Traits>
+CUTE_DEVICE void produce_tiles(BackwardParams const& params,
+                               typename Traits::SharedStorage& shared) {
+  auto& barriers = shared.barriers;
+  const TileSource<Traits> source;
+  Ring<Traits::kTileSlots> slot;
+  QueryRings<Traits> rings;
+  for (int work_idx = source.first(params);; work_idx = source.next(params)) {
+    const SharedTile drawn = source.find(params, work_idx);
+    if (source.lane == 0) {
+      barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
+      shared.tile[slot.stage] = drawn;
+      barriers.tile_full[slot.stage].arrive();
+      if (drawn.steps > 0) {
+        const KeyTile tile{drawn.n_block,     drawn.head_kv, 0,       drawn.m_blocks,
+                           drawn.first_block, drawn.q,       drawn.k, drawn.wrap};
+        produce<Traits>(params, tile, shared, slot.stage, rings);
+      } else {  // every phase is seen
+        if constexpr (Traits::kSharedValues) barriers.v_empty[0].wait(slot.stage ^ 1);
+        barriers.k_full[slot.stage].arrive();
+        barriers.v_full[slot.stage].arrive();
+      }
+    }
+    __syncwarp();
+    if (drawn.head_kv < 0) return;
+    slot.advance();
+  }
+}
+
+}  // namespace hopper_attention
