@@ -52,6 +52,27 @@ def test_a_bad_sequence_or_head_stays_alone(bad, head_dim, options):
         assert not by_head(dk)[of_keys].isfinite().all()
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 9.0}], ids=name)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@BAD
+def test_bad_heads_do_not_reach_the_next_tile_of_their_blocks(bad, head_dim, options):
+    # Some 300 tiles: a block takes two or three, whose buffers and registers are the same
+    problem = PROBLEM.but(
+        batch=4, seqlen_q=500, seqlen_k=1030, heads=16, heads_kv=8, head_dim=head_dim
+    )
+    inputs, dout = draw(problem)
+    clean = gradients(inputs, dout, deterministic=True, **options)
+    tensors = [x.clone() for x in (*inputs, dout)]
+    for x in tensors:
+        x[1:3, :, : x.shape[2] // 2] = bad
+    found = gradients(tensors[:3], tensors[3], deterministic=True, **options)
+    for grad, expected in zip(found, clean, strict=True):
+        good = torch.ones(grad.shape[0], grad.shape[2], dtype=torch.bool, device=DEVICE)
+        good[1:3, : grad.shape[2] // 2] = False
+        assert torch.equal(by_head(grad)[good], by_head(expected)[good])
+        assert not by_head(grad)[~good].isfinite().all()
+
+
 @pytest.mark.parametrize("tile", TILES, ids=name)
 def test_a_bad_head_stays_alone_where_sums_have_no_order(tile):
     inputs, dout = draw(PROBLEM.but(head_dim=tile[0], head_dim_v=tile[1]))

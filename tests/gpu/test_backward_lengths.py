@@ -112,6 +112,41 @@ def test_more_and_fewer_tiles_than_multiprocessors(sizes, causal):
         check_problem(problem, causal=causal, deterministic=deterministic)
 
 
+# Up to head dimension 128 a block takes one tile of keys after another. These have two to five a
+# block; of "keys_unseen" most have no queries.
+MANY_TILES = {
+    "square": ({"batch": 4, "heads": 16, "seqlen_q": 1000, "seqlen_k": 1024}, {"causal": True}),
+    "ragged": ({"batch": 4, "heads": 16, "heads_kv": 8, "seqlen_q": 500, "seqlen_k": 1030}, {}),
+    "grouped": (
+        {"batch": 8, "heads": 12, "heads_kv": 6, "seqlen_q": 333, "seqlen_k": 1100},
+        {"causal": True},
+    ),
+    "keys_unseen": (
+        {"batch": 3, "heads": 16, "seqlen_q": 200, "seqlen_k": 1500},
+        {"window_size": (70, 20)},
+    ),
+    "softcap": (
+        {"batch": 3, "heads": 16, "heads_kv": 8, "seqlen_q": 300, "seqlen_k": 1500},
+        {"softcap": 15.0, "window_size": (200, 50)},
+    ),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True], ids=["any-order", "fixed-order"])
+@pytest.mark.parametrize("case", MANY_TILES)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_blocks_that_take_many_tiles(head_dim, case, deterministic):
+    sizes, options = MANY_TILES[case]
+    problem = Problem(head_dim=head_dim).but(**sizes)
+    check_problem(problem, deterministic=deterministic, **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_v_with_a_head_dim_of_its_own_in_many_tiles(head_dim):
+    sizes, options = MANY_TILES["square"]
+    check_problem(Problem(head_dim=head_dim, head_dim_v=40).but(**sizes), **options)
+
+
 # At head dimension 256 blocks of 64 keys come in clusters of two that go through the same queries.
 CLUSTERED = Problem(head_dim=256, batch=2, heads=3, heads_kv=1)
 NARROW = [(0, 0), (5, -1), (-1, 5), (70, 0), (0, 70)]

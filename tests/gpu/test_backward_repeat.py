@@ -56,6 +56,23 @@ def test_a_thousand_runs_give_the_same_bits(head_dim, causal):
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"softcap": 20.0}], ids=name
 )
+@pytest.mark.parametrize("heads_kv", [8, 16], ids=["grouped", "equal-heads"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_blocks_that_take_many_tiles_give_the_same_bits(head_dim, heads_kv, options):
+    # They draw their tiles, so which block has which differs from run to run
+    problem = Problem(
+        batch=4, seqlen_q=700, seqlen_k=1030, heads=16, heads_kv=heads_kv, head_dim=head_dim
+    )
+    inputs, dout = draw(problem)
+    call = Call(inputs, deterministic=True, **options)
+    different, first = repeat(call, dout, 100)
+    assert different == 0
+    compare(first, inputs, dout, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"window_size": (90, 20)}, {"softcap": 20.0}], ids=name
+)
 def test_a_thousand_runs_of_an_odd_number_of_clustered_blocks(options):
     # Two blocks of 64 keys exchange dS in every step; the last one's neighbour has no keys
     problem = LARGE.but(seqlen_q=500, seqlen_k=1050, head_dim=256, batch=1)

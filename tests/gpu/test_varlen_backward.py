@@ -10,7 +10,7 @@ import torch
 from backward_checking import draw, draw_dlse, same_bits
 from checking import DTYPES, TILES, name
 from test_varlen import CORNERS, heads_outside, odd_address, of_tile, padded
-from varlen_backward_checking import Call, check, check_batch, gradients
+from varlen_backward_checking import Call, check, check_batch, compare, gradients
 from varlen_checking import KEYS, ROWS, Packed, cumulate
 
 import hopper_attention
@@ -140,6 +140,24 @@ def test_hundreds_of_sequences(head_dim, causal):
     fixed = gradients(inputs, lengths, dout, causal=causal, deterministic=True)
     assert same_bits(fixed[1:], (dk, dv))
     torch.testing.assert_close(fixed[0], dq, rtol=2.0**-6, atol=2.0**-8)
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"softcap": 9.0}, *MASKS], ids=name)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_more_sequences_of_several_tiles_than_multiprocessors(head_dim, options):
+    # Up to head dimension 128 a block takes one tile after another, of whichever sequence
+    generator = random.Random(4)
+    rows, keys = (tuple(generator.randint(0, 600) for _ in range(150)) for _ in "qk")
+    batch = Packed(rows=rows, keys=keys, head_dim=head_dim, behind=200, **GROUPED)
+    inputs, dout = draw(batch)
+    lengths = batch.lengths()
+    _, dk, dv = check(inputs, lengths, dout, **options)
+    call = Call(inputs, lengths, deterministic=True, **options)
+    first = call.gradients(dout)
+    compare(first, inputs, lengths, dout, **options)
+    assert same_bits(first[1:], (dk, dv))
+    for _ in range(20):
+        assert same_bits(call.gradients(dout), first)
 
 
 @CAUSAL

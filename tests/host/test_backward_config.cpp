@@ -176,51 +176,6 @@ void gradients_leave_in_boxes_of_their_rows() {
   }
 }
 
-// Where a key block's sequence is read from a list: packed batches, and soft caps, whose kernels
-// serve both kinds.
-void tiles_of_packed_batches_pass_through_shared_memory() {
-  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
-    check::context = row.name;
-    const BackwardConfig config = make_backward_config(row.key);
-    const bool dense = row.key.mask == MaskKind::kFull || row.key.mask == MaskKind::kMasked;
-    CHECK(is_ragged(config) == !dense);
-    CHECK(tile_bytes(config) % 16 == 0 && (tile_bytes(config) > 0) == !dense);
-  }
-}
-
-// The bytes of K, V, the stages of Q, dO, their statistics and dS, of dQ and P where they pass
-// through shared memory, and of a cluster's other block, counted row by row.
-int tensor_bytes(const BackwardConfig& config) {
-  const int columns = config.key.head_dim + config.key.head_dim_v;
-  int total = 0;
-  for (int key = 0; key < config.tile_n; ++key) total += 2 * columns;
-  for (int row = 0; row < config.tile_m; ++row) {
-    total += config.stages * (2 * config.key.head_dim + 4);
-    total += config.dout_stages * 2 * config.key.head_dim_v;
-    total += 4 * (config.cluster > 1 ? config.stages : config.dout_stages);  // delta
-    total += config.ds_stages * config.tile_n * 2;
-    if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
-    if (config.roles == Roles::kPaired) total += config.tile_n * 4;
-    if (config.roles == Roles::kThirds) total += config.ds_stages * config.tile_n * 2;
-    if (config.cluster > 1) total += config.ds_stages * config.tile_n * 2;
-  }
-  if (config.cluster > 1) {  // the other block's keys, in the columns of this one's dQ
-    for (int key = 0; key < config.tile_n; ++key) total += config.key.head_dim / config.cluster * 2;
-  }
-  return total;
-}
-
-void shared_memory_holds_every_tensor_and_barrier() {
-  for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
-    check::context = row.name;
-    const BackwardConfig config = make_backward_config(row.key);
-    const int needed = tensor_bytes(config) + tile_bytes(config) + barrier_bytes(config);
-    CHECK(shared_bytes(config) >= needed);
-    CHECK(shared_bytes(config) <= needed + 2 * kNoBufferBytes + kSharedAlignment);
-    CHECK(shared_bytes(config) <= 232448);  // a Hopper block's limit
-  }
-}
-
 // Column of dQ that a consumer's own column is, in the share of the product that the split gives
 // it.
 int column_of(const DqLayout& layout, int consumer, int own) {
@@ -337,8 +292,6 @@ void what_cannot_be_built_is_refused() {
 int main() {
   each_row_is_named_after_its_key_and_fits();
   there_is_one_row_for_each_head_dim_dtype_and_mask();
-  tiles_of_packed_batches_pass_through_shared_memory();
-  shared_memory_holds_every_tensor_and_barrier();
   every_element_of_dq_has_one_place();
   what_cannot_be_built_is_refused();
   late_dq_is_refused_where_it_cannot_run();

@@ -358,12 +358,13 @@ void the_workspace_is_dq_and_two_numbers_a_row() {
       CHECK(layout.delta - layout.lse_log2 >= rows * 4);
       CHECK(layout.turns - layout.delta >= rows * 4);
       const std::uint64_t turns = rows / plan.config.tile_m;
-      CHECK(layout.key_list - layout.turns >= (deterministic ? turns * 4 : 0));
+      CHECK(layout.tickets - layout.turns >= (deterministic ? turns * 4 : 0));
+      CHECK(layout.key_list - layout.tickets == (is_persistent(plan.config) ? 128 : 0));
       const std::uint64_t list = args.packed ? key_list_bytes(plan.max_key_entries) : 0;
       CHECK(layout.bytes - layout.key_list >= list);
-      CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + list + 5 * 128);
-      for (std::uint64_t at :
-           {layout.lse_log2, layout.delta, layout.turns, layout.key_list, layout.bytes}) {
+      CHECK(layout.bytes <= rows * 4 * (row.key.head_dim + 2) + turns * 4 + list + 6 * 128);
+      for (std::uint64_t at : {layout.lse_log2, layout.delta, layout.turns, layout.tickets,
+                               layout.key_list, layout.bytes}) {
         CHECK(at % 128 == 0);
       }
     }

@@ -1,9 +1,12 @@
 // query_steps.h against loops, and the order of the adds that plans fix against a grid whose blocks
 // start in order, as many at a time as there are places: each key block gets its turn. Blocks of a
-// cluster start together and wait for each other's dS in every step.
+// cluster start together and wait for each other's dS in every step. Persistent blocks draw their
+// tiles, one ahead or not.
 #include <algorithm>
 #include <cstdint>
+#include <deque>
 #include <map>
+#include <numeric>
 #include <set>
 #include <string>
 #include <tuple>
@@ -183,9 +186,51 @@ bool makes_a_step(const BackwardPlan& plan, Running& block, std::map<std::int64_
   return true;
 }
 
+void check_all_added(const BackwardPlan& plan, const std::map<std::int64_t, Added>& added) {
+  for (const auto& [block, to] : added) {
+    CHECK(block >= 0 && block < plan.query_grid);
+    CHECK(static_cast<int>(to.key_blocks.size()) == to.expected);
+  }
+}
+
+// Persistent blocks, one a place: each has drawn a tile or two, and takes them in that order. Which
+// block comes when, and whether it draws its next tile while it is at work, is left to chance; some
+// never come.
+void all_tiles_get_their_turns(const BackwardPlan& plan, std::vector<Running> tiles, int places) {
+  const auto num_blocks = std::min(static_cast<std::size_t>(places), tiles.size());
+  std::vector<std::deque<std::size_t>> drawn(num_blocks);
+  std::vector<std::size_t> order(num_blocks);
+  std::iota(order.begin(), order.end(), 0);
+  std::map<std::int64_t, Added> added;
+  std::size_t tickets = 0,
+              late = static_cast<std::size_t>(draw(0, static_cast<int>(num_blocks) / 2));
+  for (bool moved = true; moved;) {
+    moved = false;
+    std::shuffle(order.begin(), order.end(), generator);
+    for (std::size_t block : order) {
+      if (block < late) continue;
+      std::deque<std::size_t>& own = drawn[block];
+      const bool draws = own.empty() || (own.size() == 1 && draw(0, 2) > 0);
+      if (draws && tickets < tiles.size()) {
+        own.push_back(tickets++);
+        moved = true;
+      }
+      if (own.empty()) continue;
+      Running& tile = tiles[own.front()];
+      if (!tile.at.done() && !makes_a_step(plan, tile, added)) continue;
+      if (tile.at.done()) own.pop_front();
+      moved = true;
+    }
+  }
+  CHECK(tickets == tiles.size());
+  for (const Running& tile : tiles) CHECK(tile.at.done());
+  check_all_added(plan, added);
+}
+
 // Goes on for as long as any block that runs can, one step a round at most, and with its cluster's
 // others at the same step or one before.
 void all_get_their_turns(const BackwardPlan& plan, std::vector<Running> grid, int places) {
+  if (is_persistent(plan.config)) return all_tiles_get_their_turns(plan, grid, places);
   const std::size_t cluster = static_cast<std::size_t>(plan.config.cluster);
   const std::size_t room = std::max(static_cast<std::size_t>(places), cluster);
   std::map<std::int64_t, Added> added;
@@ -214,10 +259,7 @@ void all_get_their_turns(const BackwardPlan& plan, std::vector<Running> grid, in
     }
   }
   CHECK(running.empty() && next == grid.size());
-  for (const auto& [block, to] : added) {
-    CHECK(block >= 0 && block < plan.query_grid);
-    CHECK(static_cast<int>(to.key_blocks.size()) == to.expected);
-  }
+  check_all_added(plan, added);
 }
 
 bool sees_any(const Mask& mask, int m_block, int tile_m, int key_begin, int key_end) {
