@@ -25,6 +25,7 @@ MAX_LIBRARY_BYTES = 25 * 2**20
 OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outside the key loop"
 TRANSPOSING = "the warps that transpose V have 24 registers; and addresses outside the key loop"
 IN_THE_LOOP = "a few words of the state of a tile or of the loop, read at most once a step"
+LOADING = "the warps that load, add and store have 24 registers, the multiplying ones no local memory"
 EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "fp16_d256_full": OUTSIDE_THE_LOOP,
     "bf16_d256_full": OUTSIDE_THE_LOOP,
@@ -36,9 +37,10 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dims in ("128", "192x128", "192", "256")
     },
     **{
-        f"backward_{dtype}_d64_{mask}": IN_THE_LOOP
+        f"backward_{dtype}_d{dims}_{mask}": LOADING
         for dtype in ("fp16", "bf16")
-        for mask in ("masked", "packed", "capped")
+        for dims in ("64", "96", "128")
+        for mask in ("full", "masked", "packed", "capped")
     },
     **{
         f"backward_{dtype}_{dims}_{mask}": IN_THE_LOOP
