@@ -25,7 +25,7 @@ MAX_LIBRARY_BYTES = 25 * 2**20
 OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outside the key loop"
 TRANSPOSING = "the warps that transpose V have 24 registers; and addresses outside the key loop"
 IN_THE_LOOP = "a few words of the state of a tile or of the loop, read at most once a step"
-LOADING = "the warps that load, add and store have 24 registers, the multiplying ones no local memory"
+LOADING = "the warps that load, add and store have 24 registers; those that multiply use none of it"
 EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "fp16_d256_full": OUTSIDE_THE_LOOP,
     "bf16_d256_full": OUTSIDE_THE_LOOP,
