@@ -1,5 +1,5 @@
-// The main backward kernel: a block of keys each, one producer warpgroup and two or three
-// consumers.
+// The main backward kernel: tiles of keys, a block one or one after another; one producer warpgroup
+// and two or three consumers.
 #pragma once
 
 #include <cutlass/arch/reg_reconfig.h>

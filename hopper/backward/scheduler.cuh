@@ -28,8 +28,8 @@ struct TileSource {
     return params.workspace.turns == nullptr ? gridDim.x + ticket : ticket;
   }
 
-  CUTE_DEVICE SharedTile find(BackwardParams const& params, int work_idx) const {
-    SharedTile tile = find_tile<Traits>(params, work_idx);
+  CUTE_DEVICE SharedTile find(BackwardParams const& params, int index) const {
+    SharedTile tile = find_tile<Traits>(params, index);
     if constexpr (Traits::kRagged) {
       const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
       tile.m_blocks = tile_query_blocks(mask, tile.n_block, Traits::kTileM, Traits::kTileN);
@@ -92,8 +92,8 @@ CUTE_DEVICE void produce_tiles(BackwardParams const& params,
   const TileSource<Traits> source;
   Ring<Traits::kTileSlots> slot;
   QueryRings<Traits> rings;
-  for (int work_idx = source.first(params);; work_idx = source.next(params)) {
-    const SharedTile drawn = source.find(params, work_idx);
+  for (int index = source.first(params);; index = source.next(params)) {
+    const SharedTile drawn = source.find(params, index);
     if (source.lane == 0) {
       barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
       shared.tile[slot.stage] = drawn;
