@@ -135,10 +135,11 @@ CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, typename Traits::Sh
         barriers.dq_full[consumer], barriers.dq_empty[consumer],
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
-    // Of a cluster's block: its slice.
-    const int slice = blockIdx.x % Traits::kCluster * (Traits::kDqElements / Traits::kCluster);
-    const int first = consumer * Traits::kDqElements + slice + thread * 4;
-    return DirectDq<Traits>{params.workspace.dq + first, shared.barriers.dq_empty,
+    float* accumulator = params.workspace.dq + consumer * Traits::kDqElements + thread * 4;
+    if constexpr (Traits::kClustered) {  // the block's slice
+      accumulator += blockIdx.x % Traits::kCluster * (Traits::kDqElements / Traits::kCluster);
+    }
+    return DirectDq<Traits>{accumulator, shared.barriers.dq_empty,
                             params.workspace.turns != nullptr};
   }
 }
