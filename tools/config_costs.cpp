@@ -74,7 +74,7 @@ const Field kFields[] = {
    [](const std::string& text, ForwardConfig* config) { return read(text, &config->name); }}
     FIELD(tile_n),    FIELD(stages),       FIELD(num_consumers),    FIELD(ping_pong),
     FIELD(schedule),  FIELD(skip_rescale), FIELD(overlap_products), FIELD(v_parts),
-    FIELD(exp_turns), FIELD(exp2_by_fma),  FIELD(late_rescale),
+    FIELD(exp_turns), FIELD(exp2_by_fma),  FIELD(late_rescale),     FIELD(mask_by_bits),
 #undef FIELD
 };
 

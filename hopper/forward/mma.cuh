@@ -128,10 +128,11 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(rS, params);
     }
+    constexpr bool kByBits = Traits::kConfig.mask_by_bits;
     if constexpr (Traits::kPacked) {  // the mask of this sequence, anew: registers are short
-      mask_scores<false>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
+      mask_scores<false, kByBits>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
     } else {
-      mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
+      mask_scores<!Traits::kMasked, kByBits>(rS, params.mask, row, n_block, Traits::kTileN);
     }
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
