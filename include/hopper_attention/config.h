@@ -32,6 +32,7 @@ struct ForwardConfig {
   int exp2_by_fma = 0;     // one exponential in so many is a polynomial on the FMA pipes; 0: none
   bool late_rescale = false;  // rescale O under the next block's Q K^T instead of before it
   bool mask_by_bits = false;  // a row's seen keys as bits of a word: shorter code at a mask's edges
+  bool alpha_first = false;   // O's factor ahead of the exponentials, to rescale O under them
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
@@ -131,7 +132,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "three consumers hide exp2; without ping-pong 4 to 9% slower", true, 1,
                         false, 0, true}
         : ForwardConfig{key, 128, 2, 3, true, kAfterMaxima, false,
-                        "three consumers hide exp2; waiting after half a row is 4% slower"};
+                        "three consumers hide exp2; waiting after half a row is 4% slower", true, 1,
+                        false, 0, false, true, true};
     case 96:
       return full
         ? ForwardConfig{key, 112, 2, 3, true, kAfterRow, false,
