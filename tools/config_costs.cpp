@@ -72,9 +72,10 @@ const Field kFields[] = {
 #define FIELD(name)                                                      \
   {#name, [](const ForwardConfig& config) { return show(config.name); }, \
    [](const std::string& text, ForwardConfig* config) { return read(text, &config->name); }}
-    FIELD(tile_n),    FIELD(stages),       FIELD(num_consumers),    FIELD(ping_pong),
-    FIELD(schedule),  FIELD(skip_rescale), FIELD(overlap_products), FIELD(v_parts),
-    FIELD(exp_turns), FIELD(exp2_by_fma),  FIELD(late_rescale),
+    FIELD(tile_n),      FIELD(stages),       FIELD(num_consumers),    FIELD(ping_pong),
+    FIELD(schedule),    FIELD(skip_rescale), FIELD(overlap_products), FIELD(v_parts),
+    FIELD(exp_turns),   FIELD(exp2_by_fma),  FIELD(late_rescale),     FIELD(mask_by_bits),
+    FIELD(alpha_first),
 #undef FIELD
 };
 

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCounters = kMaxSequenceGroups * kCostBuckets;
+constexpr int kSlots = kMaxSequenceGroups * kCostBuckets;
 constexpr unsigned kAll = 0xffffffff;
 
 struct Job {
@@ -17,30 +17,48 @@ struct Job {
   int tile_n;
 };
 
-// Calls place(slot, entry) for each tile of the batch, from all threads. A warp takes up to 32
-// sequences, whose lengths its lanes read at once, and for each in turn a lane a tile.
+// The sum of value over this lane and those before it.
+__device__ int sum_up_to_lane(int value) {
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_up_sync(kAll, value, step);
+    if (static_cast<int>(threadIdx.x % 32) >= step) value += other;
+  }
+  return value;
+}
+
+// Calls place(slot, entry) for each tile of the batch, from all threads. 32 sequences, whose
+// lengths a warp's lanes read at once, are one warp's, or several warps' while there are enough;
+// the lanes then take a tile each, of whichever sequence.
 template <class Place>
 __device__ void for_tiles(const Job& job, const Place& place) {
   const int sequences = job.packed.lengths.batch + 1;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int share = min((sequences + kWarps - 1) / kWarps, 32);
-  for (int first = warp * share; first < sequences; first += kWarps * share) {
-    const int count = min(share, sequences - first);
+  const int chunks = (sequences + 31) / 32;
+  const int team = max(kWarps / chunks, 1);  // warps that share a chunk
+  for (int chunk = warp / team; chunk < chunks; chunk += kWarps / team) {
+    const int first = 32 * chunk, count = min(sequences - first, 32);
     const Sequence mine = sequence_at(job.packed.lengths, first + min(lane, count - 1));
-    for (int i = 0; i < count; ++i) {
-      const TileSequence sequence{
-          __shfl_sync(kAll, mine.q_begin, i), __shfl_sync(kAll, mine.rows, i),
-          __shfl_sync(kAll, mine.seqlen_q, i), __shfl_sync(kAll, mine.seqlen_k, i)};
-      const int k_begin = __shfl_sync(kAll, mine.k_begin, i);
-      const Mask mask = sequence_mask(job.mask, sequence.seqlen_q, sequence.seqlen_k);
-      const int group = job.packed.order.group_of(k_begin);
-      for (int m_block = lane; m_block * job.tile_m < sequence.rows; m_block += 32) {
-        const BlockRange blocks = tile_key_blocks(mask, m_block, job.tile_m, job.tile_n);
-        const int bucket = cost_bucket(blocks.end - blocks.begin);
-        // Costly tiles first.
-        place(group * kCostBuckets + kCostBuckets - 1 - bucket,
-              TileEntry{m_block, first + i, k_begin, 0, sequence});
+    const int tiles = lane < count ? (mine.rows + job.tile_m - 1) / job.tile_m : 0;
+    const int tiles_end = sum_up_to_lane(tiles);
+    const int total = __shfl_sync(kAll, tiles_end, 31);
+    for (int begin = warp % team * 32; begin < total; begin += team * 32) {
+      const int tile = begin + lane;
+      int owner = 0;  // the lane with its sequence: as many end before it
+      for (int step = 16; step > 0; step /= 2) {
+        if (__shfl_sync(kAll, tiles_end, owner + step - 1) <= tile) owner += step;
       }
+      const int m_block = tile - __shfl_sync(kAll, tiles_end - tiles, owner);
+      const TileSequence sequence{
+          __shfl_sync(kAll, mine.q_begin, owner), __shfl_sync(kAll, mine.rows, owner),
+          __shfl_sync(kAll, mine.seqlen_q, owner), __shfl_sync(kAll, mine.seqlen_k, owner)};
+      const int k_begin = __shfl_sync(kAll, mine.k_begin, owner);
+      if (tile >= total) continue;
+      const Mask mask = sequence_mask(job.mask, sequence.seqlen_q, sequence.seqlen_k);
+      const BlockRange blocks = tile_key_blocks(mask, m_block, job.tile_m, job.tile_n);
+      const int bucket = cost_bucket(blocks.end - blocks.begin);
+      // Costly tiles first.
+      place(job.packed.order.group_of(k_begin) * kCostBuckets + kCostBuckets - 1 - bucket,
+            TileEntry{m_block, first + owner, k_begin, 0, sequence});
     }
   }
 }
@@ -54,15 +72,11 @@ __device__ void add_up(int* count, int size) {
   const int end = min(begin + share, size);
   int own = 0;
   for (int i = begin; i < end; ++i) own += count[i];
-  int sum = own;  // of this warp's lanes up to this one
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAll, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
+  const int in_warp = sum_up_to_lane(own);
+  if (lane == 31) warp_sums[warp] = in_warp;
   __syncthreads();
-  sum -= own;
-  for (int i = 0; i < warp; ++i) sum += warp_sums[i];
+  const int warps_before = sum_up_to_lane(lane < warp ? warp_sums[lane] : 0);
+  int sum = __shfl_sync(kAll, warps_before, 31) + in_warp - own;
   for (int i = begin; i < end; ++i) {
     const int next = sum + count[i];
     count[i] = sum;
@@ -71,29 +85,41 @@ __device__ void add_up(int* count, int size) {
 }
 
 __global__ void __launch_bounds__(kThreads, 1) list_tiles(const __grid_constant__ Job job) {
-  __shared__ int place_of[kCounters];
+  __shared__ int place_of[kSlots + 1];  // and, behind the slots, the number of tiles
   // The forward kernel may start to set itself up; it waits for this one's end before it reads.
   asm volatile("griddepcontrol.launch_dependents;");
   const PackedParams& packed = job.packed;
-  const int counters = packed.order.num_groups * kCostBuckets;
-  for (int i = threadIdx.x; i < counters; i += kThreads) place_of[i] = 0;
+  const int slots = packed.order.num_groups * kCostBuckets;
+  for (int i = threadIdx.x; i <= slots; i += kThreads) place_of[i] = 0;
   __syncthreads();
-  for_tiles(job, [&](int slot, const TileEntry&) { atomicAdd(&place_of[slot], 1); });
-  __syncthreads();
-  add_up(place_of, counters);
-  __syncthreads();
-  // Lengths that are no sums of lengths may give more tiles than there is room for.
+  // A thread's last tile: of a short list it is the only one, and need not be found again.
+  int tiles = 0, tile_slot = 0, tile_rank = 0;
+  TileEntry tile;
   for_tiles(job, [&](int slot, const TileEntry& entry) {
-    const int place = atomicAdd(&place_of[slot], 1);
-    if (place < packed.max_entries) packed.entries[place] = entry;
+    tile_rank = atomicAdd(&place_of[slot], 1);
+    tile_slot = slot;
+    tile = entry;
+    ++tiles;
   });
+  const bool is_long = __syncthreads_or(tiles > 1);
+  add_up(place_of, slots + 1);
   __syncthreads();
-  // A slot's last place is the next one's first by now.
   if (threadIdx.x < packed.order.num_groups) {
-    const int end = place_of[(threadIdx.x + 1) * kCostBuckets - 1];
+    const int end = place_of[(threadIdx.x + 1) * kCostBuckets];
     packed.header->group_end[threadIdx.x] = min(end, packed.max_entries);
   }
   if (threadIdx.x == 0) packed.header->next_tile = 0;
+  // Lengths that are no sums of lengths may give more tiles than there is room for.
+  const auto put = [&](int place, const TileEntry& entry) {
+    if (place < packed.max_entries) packed.entries[place] = entry;
+  };
+  if (is_long) {
+    __syncthreads();  // the groups' ends are read
+    for_tiles(job,
+              [&](int slot, const TileEntry& entry) { put(atomicAdd(&place_of[slot], 1), entry); });
+  } else if (tiles == 1) {
+    put(place_of[tile_slot] + tile_rank, tile);
+  }
 }
 
 }  // namespace

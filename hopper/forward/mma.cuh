@@ -128,13 +128,15 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(rS, params);
     }
+    constexpr bool kByBits = Traits::kConfig.mask_by_bits;
     if constexpr (Traits::kPacked) {  // the mask of this sequence, anew: registers are short
-      mask_scores<false>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
+      mask_scores<false, kByBits>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
     } else {
-      mask_scores<!Traits::kMasked>(rS, params.mask, row, n_block, Traits::kTileN);
+      mask_scores<!Traits::kMasked, kByBits>(rS, params.mask, row, n_block, Traits::kTileN);
     }
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
+  constexpr bool kAlphaFirst = Traits::kConfig.alpha_first;
   constexpr bool kHoldsByRelease = kSchedule == Schedule::kAfterHalfRow ||
                                    kSchedule == Schedule::kAfterRow ||
                                    kSchedule == Schedule::kRowByRow;
@@ -159,28 +161,29 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     // where the wait shall be, on a condition that always holds (a sum of exponentials is not
     // negative) but needs the exponentials before it.
     constexpr bool kMayBeEmpty = Traits::kMasked && !kPlain;
-    softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 0), 0);
+    softmax.template take_maximum<kMayBeEmpty>(
+        softmax.template thread_max<kAlphaFirst ? 2 : 1>(rS, 0), 0);
     [[maybe_unused]] float part;  // of the second row's maximum
     if constexpr (kHoldsByRelease) {
       constexpr int kColumns = Traits::kTileN / 4;  // a thread's of a row
       constexpr int kLast = kSchedule == Schedule::kAfterRow ? kColumns - 1 : kColumns / 2;
       const float sum_before = softmax.sum[0];
       if constexpr (kSchedule == Schedule::kRowByRow) {
-        softmax.exponentiate(rS, 0);
+        softmax.template exponentiate<kAlphaFirst>(rS, 0);
         // -inf, by way of an exponential: else ptxas takes both maxima ahead of them all.
         const float seed = fmaf(rS(fragment_index(0, 0)), 0.0f, -INFINITY);
         softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1, seed), 1);
       } else {
         softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
-        softmax.exponentiate(rS, 0);
+        softmax.template exponentiate<kAlphaFirst>(rS, 0);
       }
       release_k(!(sum_before + rS(fragment_index(0, kLast)) < 0.0f));
     } else if constexpr (kSchedule == Schedule::kBetweenRows) {
-      softmax.exponentiate(rS, 0);
+      softmax.template exponentiate<kAlphaFirst>(rS, 0);
       part = softmax.thread_max(rS, 1);
       if (n_block > own.begin && !(softmax.sum[0] < 0.0f)) wait_k();
     } else {
-      softmax.exponentiate(rS, 0);
+      softmax.template exponentiate<kAlphaFirst>(rS, 0);
       softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
     }
     warpgroup_wait<0>();
@@ -189,7 +192,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     if constexpr (kSchedule == Schedule::kBetweenRows) {
       softmax.template take_maximum<kMayBeEmpty>(part, 1);
     }
-    softmax.exponentiate(rS, 1);
+    softmax.template exponentiate<kAlphaFirst>(rS, 1);
     if constexpr (!Traits::kConfig.late_rescale) rescale();
     convert_probabilities<Element>(rS, rP);
   };
@@ -210,7 +213,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   CUTE_UNROLL
   for (int r = 0; r < kRowsPerThread; ++r) {  // O is still zero
     softmax.template take_maximum<Traits::kMasked>(softmax.thread_max(rS, r), r);
-    softmax.exponentiate(rS, r);
+    softmax.template exponentiate<kAlphaFirst>(rS, r);
   }
   convert_probabilities<Element>(rS, rP);
 

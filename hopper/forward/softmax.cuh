@@ -47,15 +47,21 @@ struct Softmax {
   float shift[kRowsPerThread] = {};                          // reference * scale_log2
   float alpha[kRowsPerThread] = {};                          // what O is to be multiplied by
 
-  // The maximum of this thread's part of a row, and of seed.
-  template <class Scores>
+  // The maximum of this thread's part of a row, and of seed, in kChains that do not wait for one
+  // another.
+  template <int kChains = 1, class Scores>
   CUTE_DEVICE static float thread_max(Scores const& s, int row, float seed = -INFINITY) {
-    float result = fmaxf(seed, s(fragment_index(row, 0)));
+    float result[kChains];
+    result[0] = fmaxf(seed, s(fragment_index(row, 0)));
     CUTE_UNROLL
-    for (int j = 1; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
-      result = fmaxf(result, s(fragment_index(row, j)));
+    for (int j = 1; j < kChains; ++j) result[j] = s(fragment_index(row, j));
+    CUTE_UNROLL
+    for (int j = kChains; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
+      result[j % kChains] = fmaxf(result[j % kChains], s(fragment_index(row, j)));
     }
-    return result;
+    CUTE_UNROLL
+    for (int j = 1; j < kChains; ++j) result[0] = fmaxf(result[0], result[j]);
+    return result[0];
   }
 
   // Takes a block's maximum of a row in, of which a thread has a part; O is then owed alpha. The
@@ -79,14 +85,15 @@ struct Softmax {
 
   // S -> P = exp2(scale_log2 * (S - reference)) in place for one row, and P's sum. The block is
   // summed by itself first: a million terms added one by one would lose three digits.
-  template <class Scores>
+  // kAlphaFirst: the sum begins at 0 * alpha, or ptxas would compute alpha and rescale O last.
+  template <bool kAlphaFirst = false, class Scores>
   CUTE_DEVICE void exponentiate(Scores& s, int row) {
     float block_sum = 0.0f;
     CUTE_UNROLL
     for (int j = 0; j < decltype(cute::size(s))::value / kRowsPerThread; ++j) {
       const int i = fragment_index(row, j);
       s(i) = exp2f(fmaf(s(i), scale_log2, -shift[row]));
-      block_sum += s(i);
+      block_sum = kAlphaFirst && j == 0 ? fmaf(alpha[row], 0.0f, s(i)) : block_sum + s(i);
     }
     sum[row] = fmaf(sum[row], alpha[row], block_sum);
   }

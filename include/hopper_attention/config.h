@@ -31,6 +31,8 @@ struct ForwardConfig {
   bool exp_turns = false;  // alternate the consumers at the exponentials, instead of the products
   int exp2_by_fma = 0;     // one exponential in so many is a polynomial on the FMA pipes; 0: none
   bool late_rescale = false;  // rescale O under the next block's Q K^T instead of before it
+  bool mask_by_bits = false;  // a row's seen keys as bits of a word: shorter code at a mask's edges
+  bool alpha_first = false;   // O's factor ahead of the exponentials, to rescale O under them
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
@@ -112,14 +114,13 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterMaxima = Schedule::kAfterMaxima;
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
   constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
-  constexpr Schedule kAfterHalfRow = Schedule::kAfterHalfRow;
   constexpr Schedule kRowByRow = Schedule::kRowByRow;
   const bool full = key.mask == MaskKind::kFull;
-  const bool packed = key.mask == MaskKind::kPacked;  // kRowByRow is 3% slower there
+  const bool packed = key.mask == MaskKind::kPacked;  // at d128 turns cost there
   if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
-  //  turns at the exponentials, exponentials per polynomial, late rescale}
+  //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits}
   switch (key.head_dim) {
     case 64:
       if (key.mask == MaskKind::kShort) {
@@ -131,7 +132,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "three consumers hide exp2; without ping-pong 4 to 9% slower", true, 1,
                         false, 0, true}
         : ForwardConfig{key, 128, 2, 3, true, kAfterMaxima, false,
-                        "three consumers hide exp2; waiting after half a row is 4% slower"};
+                        "three consumers hide exp2; waiting after half a row is 4% slower", true, 1,
+                        false, 0, false, true, true};
     case 96:
       return full
         ? ForwardConfig{key, 112, 2, 3, true, kAfterRow, false,
@@ -143,8 +145,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
         ? ForwardConfig{key, 176, 2, 2, true, kRowByRow, true,
                         "widest that fits: S 88, P 44, O 64 registers and 208 KiB", true, 1, false,
                         0, true}
-        : ForwardConfig{key, 128, 2, 2, true, packed ? kAfterHalfRow : kRowByRow, false,
-                        "square tiles waste least on the diagonal"};
+        : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
+                        "square tiles waste least on the diagonal", true, 1, false, 0, false, true};
     case 192:
       if (key.head_dim_v == 128) {
         return {key, 128, 2, 2, true, kRowByRow, false, "208 KiB at two stages"};

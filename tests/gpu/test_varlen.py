@@ -112,6 +112,21 @@ def test_thousands_of_sequences(head_dim, causal):
     check(*batch.inputs(), batch.lengths(), causal=causal)
 
 
+# 1,024 threads list the tiles, and find them twice where one of them has several.
+LISTS = {
+    "a tile a thread": {"rows": (1,) * 992 + (257,), "keys": None},
+    "a thread with two": {"rows": (1,) * 1024, "keys": None, "behind": 1},
+    "one long sequence": {"rows": (1024 * 192 + 1,), "keys": (3,)},
+    "a long one among others": {"rows": (5,) * 40 + (40 * 192,) + (0, 200) * 9, "keys": None},
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_lists_of_tiles(name):
+    batch = Packed(heads=2, heads_kv=1).but(**LISTS[name])
+    check(*batch.inputs(), batch.lengths(), causal=True)
+
+
 @CAUSAL
 @pytest.mark.parametrize("pair", [(8, 8), (40, 24), (72, 72), (120, 120), (160, 128), (248, 248)])
 def test_head_dims_that_are_not_a_tiles(pair, causal):
