@@ -165,7 +165,9 @@ def test_groups_of_heads(shape, recipe):
 @pytest.mark.parametrize("shape", [(64, 33_000), (128, 33_000)], ids=str)
 def test_groups_of_smoothed_heads(shape):
     head_dim, seqlen = shape
-    check_smoothed(*shifted(*random_qkv(300, seqlen, head_dim=head_dim, batch=1)), Fp8Recipe(smooth_k=True))
+    check_smoothed(
+        *shifted(*random_qkv(300, seqlen, head_dim=head_dim, batch=1)), Fp8Recipe(smooth_k=True)
+    )
 
 
 def test_smoothing_of_rotated_keys():
