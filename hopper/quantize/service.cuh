@@ -28,34 +28,48 @@ __device__ void load_tile(const QuantizeParams& params, const QuantizeMaps& maps
   }
 }
 
-// One thread draws tickets until there are none, and tells each team so. The next ticket is drawn
-// while this one's tile is being loaded.
+// A lane a team draws tickets until there are none, and tells its team so. Lanes draw together, and
+// work out their tickets side by side: with two teams, tiles are half as large and tickets twice as
+// many. The next tickets are drawn while these tiles are being loaded.
 template <class Shape>
 __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& maps,
                            typename Shape::Shared& shared) {
+  constexpr int kLanes = Shape::kTeams;
+  constexpr unsigned kMask = (1u << kLanes) - 1;
+  static_assert(Shape::kSlots % kLanes == 0);
+  const int lane = threadIdx.x % 32;
   Ring<Shape::kSlots> ring;
   Ring<Shape::kStages> stage;
-  int segment = 0, ends = 0;
-  auto ticket = static_cast<int>(atomicAdd(params.ticket, 1u));
-  while (ends < Shape::kTeams) {
-    shared.task_empty[ring.stage].wait(ring.phase ^ 1);
+  for (int before = 0; before < lane; ++before) ring.advance(), stage.advance();
+  int segment = 0;
+  const auto draw = [&] { return atomicAdd(params.ticket, static_cast<std::uint32_t>(kLanes)); };
+  std::uint32_t drawn = lane == 0 ? draw() : 0;
+  bool more = true, told = false;
+  while (more) {
+    if (!told) shared.task_empty[ring.stage].wait(ring.phase ^ 1);
+    const auto first = static_cast<int>(__shfl_sync(kMask, drawn, 0));
+    const int ticket = first + lane;
     const bool there = ticket < params.schedule.num_tickets;
-    const int next = there ? static_cast<int>(atomicAdd(params.ticket, 1u)) : ticket;
+    if (lane == 0 && there) drawn = draw();
     const Task task = make_task(params, ticket, segment);
-    typename Shape::Slot& slot = shared.slots[ring.stage];
-    slot.task = task;
-    slot.infinite = 0;
-    shared.task_full[ring.stage].arrive();
-    ring.advance();
-    if (there) {
+    if (!told) {
+      typename Shape::Slot& slot = shared.slots[ring.stage];
+      slot.task = task;
+      slot.infinite = 0;
+      shared.task_full[ring.stage].arrive();
+    }
+    told = !there;
+    more = first < params.schedule.num_tickets;
+#pragma unroll 1
+    for (int turn = 0; turn < kLanes; ++turn) {  // in the order in which stages become free
+      __syncwarp(kMask);
+      if (lane != turn || !there) continue;
       shared.stage_empty[stage.stage].wait(stage.phase ^ 1);
       load_tile<Shape>(params, maps, task, shared.stages[stage.stage],
                        shared.stage_full[stage.stage]);
-      stage.advance();
-    } else {
-      ++ends;
     }
-    ticket = next;
+#pragma unroll
+    for (int n = 0; n < kLanes; ++n) ring.advance(), stage.advance();
   }
 }
 
