@@ -6,39 +6,10 @@
 
 namespace hopper_attention {
 
-// What each token is multiplied by; its factor is written.
-template <class Shape>
-__device__ void find_token_scales(const QuantizeParams& params, const typename Shape::Slot& slot,
-                                  const uint4* stage, float (&token_inverse)[kQuantizeTokens]) {
-  const Task& task = slot.task;
-  const QuantizeTensor& v = params.tensors[kV];
-  const RowPlace<Shape> place;
-  uint4 largest = {};
-  if (place.row < task.rows) {
-    const int first = vector_place(place.row, place.vector(0));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      uint4 vector = stage[first ^ i];
-      if (slot.given_infinite) vector = finite_magnitudes<typename Shape::Element>(vector);
-      largest = max_halves(largest, magnitudes(vector));
-    }
-  }
-  // NaN is passed over too: given_infinite says that either is there.
-  const float amax = row_largest<Shape>(largest_half<typename Shape::Element>(largest));
-  if (place.part == 0) {
-    token_inverse[place.row] = inverse_of(amax);
-    if (place.row < task.rows) {
-      params.v_token_factor[task.dense_group(v) * v.seqlen + task.memory + place.row] =
-          token_factor(amax, slot.descale);
-    }
-  }
-  sync_team<Shape>();
-}
-
 // Half of the tile, scaled, to `words` as (channel, 4 tokens). A channel's chunks of 16 tokens are
 // permuted by its number, so that neither the writes nor the reads meet in a bank.
 template <class Shape>
-__device__ void transpose_half(const Task& task, int given_infinite, const uint4* stage, int turn,
+__device__ void transpose_half(const Task& task, bool infinite, const uint4* stage, int turn,
                                const float (&of_channel)[8], const float* of_token,
                                std::uint32_t* words) {
   const ColumnPlace<Shape> place;
@@ -55,7 +26,7 @@ __device__ void transpose_half(const Task& task, int given_infinite, const uint4
       clear_unless(place.row(turn, i) < task.rows, one);
     }
   }
-  if (given_infinite) hide_infinities(x);
+  if (infinite) hide_infinities(x);
   if (of_token != nullptr) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -103,12 +74,18 @@ __device__ void take_columns(const QuantizeParams& params, typename Shape::Share
     if (thread_idx() % 32 == 0) cute::tma_store_wait<0>();
     sync_team<Shape>();
   }
-  const typename Shape::Slot& slot = shared.slot(n);
+  typename Shape::Slot& slot = shared.slot(n);
   const bool by_token = v.scale == ScaleKind::kToken;
+  bool infinite;
   float of_channel[8];
   if (by_token) {
-    find_token_scales<Shape>(params, slot, shared.stage(n), shared.token_inverse[team]);
+    bool own_infinite;
+    const float inverse = find_token_scale<Shape>(params, slot, shared.stage(n), &own_infinite);
+    const RowPlace<Shape> place;
+    if (place.part == 0) shared.token_inverse[team][place.row] = inverse;
+    infinite = team_any<Shape>(own_infinite);
   } else {
+    infinite = slot.given_infinite;
     const ColumnPlace<Shape> place;
     const bool own = v.scale == ScaleKind::kChannel;
 #pragma unroll
@@ -120,8 +97,7 @@ __device__ void take_columns(const QuantizeParams& params, typename Shape::Share
   auto* words = reinterpret_cast<std::uint32_t*>(shared.out[team]);
 #pragma unroll
   for (int turn = 0; turn < 2; ++turn) {
-    transpose_half<Shape>(slot.task, slot.given_infinite, shared.stage(n), turn, of_channel,
-                          of_token, words);
+    transpose_half<Shape>(slot.task, infinite, shared.stage(n), turn, of_channel, of_token, words);
   }
   shared.release_stage(n);
   sync_team<Shape>();

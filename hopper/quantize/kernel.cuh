@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
   if (warp < Shape::kWorkers / 32) {
     work<Shape>(params, maps, shared);
   } else if (warp == Shape::kWorkers / 32) {
-    if (threadIdx.x % 32 == 0) load_tiles<Shape>(params, maps, shared);
+    if (threadIdx.x % 32 < Shape::kTeams) load_tiles<Shape>(params, maps, shared);
   } else {
     fetch_and_publish<Shape>(params, shared);
   }

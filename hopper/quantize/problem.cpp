@@ -183,13 +183,15 @@ QuantizeTensor make_tensor(const Args& a, const View& v, ScaleKind scale) {
   t.head_dim = v.head_dim;
   t.slots = static_cast<int>(quantize_slots(v.seqlen, a.batch, packed(a)));
   t.scale = scale;
-  t.find_amax = scale != ScaleKind::kBlock && (scale != ScaleKind::kToken || v.name[0] == 'v');
+  t.find_amax = scale != ScaleKind::kBlock && scale != ScaleKind::kToken;
   // The stride of a dimension of size 1 is never taken.
   const int sizes[] = {packed(a) ? 1 : a.batch, v.seqlen, v.heads};
   t.aligned = reinterpret_cast<std::uintptr_t>(v.in) % 16 == 0;
   for (int i = 0; i < 3; ++i) t.aligned = t.aligned && (sizes[i] == 1 || v.in_strides[i] % 8 == 0);
   return t;
 }
+
+int tile_bytes(const QuantizeTensor& tensor) { return 2 * kQuantizeTokens * tensor.head_dim; }
 
 void set_rotation(const Args& a, QuantizeParams* params) {
   if (a.rotary_cos != nullptr) {
@@ -271,7 +273,10 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
           "of 128 tokens");
     }
     const bool sums = which == kK && a.smooth_k != 0;
-    tensor.order = head_order(sequences, tensor.heads, tensor.slots, !sums && !tensor.find_amax);
+    const int group_tiles = sums               ? kSmoothGroupTiles
+                            : tensor.find_amax ? kGroupBytes / tile_bytes(tensor)
+                                               : INT_MAX;  // one pass: all heads
+    tensor.order = head_order(sequences, tensor.heads, tensor.slots, group_tiles);
   }
   set_rotation(a, &params);
   params.ticket = words + w.ticket;

@@ -2,13 +2,12 @@
 // row; a warp writes its rows by TMA.
 #pragma once
 
-#include "quantize/load.cuh"
-#include "quantize/transform.cuh"
+#include "quantize/measure.cuh"
 
 namespace hopper_attention {
 
-// Finds the scale of this thread's row where it is the tile's own or the row's; one of those that
-// share it writes its descale.
+// Finds the scale of this thread's row of q or k where it is the tile's own or the row's; one of
+// those that share it writes its descale.
 template <class Shape>
 __device__ float own_scale(const QuantizeParams& params, typename Shape::Slot& slot, float amax) {
   const Task& task = slot.task;
@@ -23,12 +22,8 @@ __device__ float own_scale(const QuantizeParams& params, typename Shape::Slot& s
   }
   amax = row_largest<Shape>(amax);
   if (place.part == 0 && place.row < task.rows) {
-    const std::int64_t at = task.dense_group(tensor) * tensor.seqlen + task.memory + place.row;
-    if (task.which == kV) {
-      params.v_token_factor[at] = token_factor(amax, slot.descale);
-    } else {
-      tensor.descale[at] = descale_of(amax);
-    }
+    tensor.descale[task.dense_group(tensor) * tensor.seqlen + task.memory + place.row] =
+        descale_of(amax);
   }
   return inverse_of(amax);
 }
@@ -145,16 +140,26 @@ __device__ float transformed(const QuantizeParams& params, typename Shape::Share
   return factor;
 }
 
-// What a pass does with a tile of rows: measures or writes it, after the transforms.
+// What a pass does with a tile of rows: measures or writes it, after the transforms. Where kMixes
+// that is v alone.
 template <class Shape>
 __device__ void take_rows(const QuantizeParams& params, const QuantizeMaps& maps,
                           typename Shape::Shared& shared, int n) {
+  const bool of_v_token = shared.slot(n).task.measures_head(params);
+  bool v_infinite = false;
+  float v_inverse = 1.0f;
+  if (of_v_token) {
+    v_inverse = find_token_scale<Shape>(params, shared.slot(n), shared.stage(n), &v_infinite);
+  }
   float x[8][8];
   float scale = transformed<Shape>(params, shared, n, x);
   typename Shape::Slot& slot = shared.slot(n);
   const QuantizeTensor& tensor = params.tensors[slot.task.which];
   const bool by_channel = tensor.scale == ScaleKind::kChannel;
-  if (slot.task.given_scale(tensor) && tensor.scale != ScaleKind::kToken) {
+  if (of_v_token) {
+    if (v_infinite) hide_infinities(x);
+    scale *= v_inverse;
+  } else if (Shape::kMixes || slot.task.given_scale(tensor)) {
     if (slot.given_infinite) hide_infinities(x);
     if (!by_channel) scale *= slot.inverse;
   } else {

@@ -39,15 +39,23 @@ struct HeadOrder {
   }
 };
 
-// Tiles of a group, where there are so many: two passes over them fit in L2.
-inline constexpr int kGroupTiles = 512;
+// A group's elements, where a tensor has so many: the group itself, what comes ahead of it and what
+// the passes write meanwhile are in L2 when the second pass takes it. L2 has 50 MB, but what one of
+// its halves fetches for the other is in both.
+inline constexpr int kGroupBytes = 8 << 20;
 
-inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, bool one_pass) {
+// Of a tensor whose mean is subtracted. A mean is there some time after the last sum that is in it,
+// so more heads side by side and a longer lead are worth more than what L2 keeps.
+inline constexpr int kSmoothGroupTiles = 512;
+inline constexpr int kSmoothLead = 3;  // times that of other passes
+
+// group_tiles: of as many heads as side by side have at most so many tiles, but one at least.
+inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, int group_tiles) {
   HeadOrder order;
   slots = std::max(slots, 1);
   order.num_tiles = static_cast<std::int32_t>(sequences * slots * heads);  // 0 without heads
   heads = std::max(heads, 1);
-  int group = one_pass ? heads : std::clamp(kGroupTiles / slots, 1, heads);
+  int group = std::clamp(group_tiles / slots, 1, heads);
   while (heads % group != 0) --group;
   order.by_group = FastDivide(group);
   order.by_group_tiles = FastDivide(group * slots);
@@ -107,16 +115,19 @@ struct QuantizeSchedule {
                    std::int32_t time) {
     const std::int32_t n = order.num_tiles;
     if (n == 0) return time;
-    const auto lead = static_cast<std::int32_t>(
-        std::min<std::int64_t>(n, std::int64_t{order.by_group_tiles.divisor} + ahead));
-    std::int32_t start = time;
-    const auto pass = [&](QuantizePass kind, bool last) {
-      streams[num_streams++] = {which, kind, start, n, whole && amax && last, last};
-      start += last ? 0 : whole && kind == QuantizePass::kAmax ? n : lead;
+    const auto lead = [&](std::int64_t tiles) {
+      return static_cast<std::int32_t>(
+          std::min<std::int64_t>(n, order.by_group_tiles.divisor + tiles));
     };
-    if (sum) pass(QuantizePass::kSum, false);
-    if (amax) pass(QuantizePass::kAmax, false);
-    pass(QuantizePass::kQuantize, true);
+    std::int32_t start = time;
+    const auto pass = [&](QuantizePass kind, std::int32_t until_next) {
+      const bool last = kind == QuantizePass::kQuantize;
+      streams[num_streams++] = {which, kind, start, n, whole && amax && last, last};
+      start += until_next;
+    };
+    if (sum) pass(QuantizePass::kSum, lead(std::int64_t{kSmoothLead} * ahead));
+    if (amax) pass(QuantizePass::kAmax, whole ? n : lead(ahead));
+    pass(QuantizePass::kQuantize, 0);
     return whole && amax ? start + n : time + n;
   }
 

@@ -28,34 +28,48 @@ __device__ void load_tile(const QuantizeParams& params, const QuantizeMaps& maps
   }
 }
 
-// One thread draws tickets until there are none, and tells each team so. The next ticket is drawn
-// while this one's tile is being loaded.
+// A lane a team draws tickets until there are none, and tells its team so. Lanes draw together, and
+// work out their tickets side by side: with two teams, tiles are half as large and tickets twice as
+// many. The next tickets are drawn while these tiles are being loaded.
 template <class Shape>
 __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& maps,
                            typename Shape::Shared& shared) {
+  constexpr int kLanes = Shape::kTeams;
+  constexpr unsigned kMask = (1u << kLanes) - 1;
+  static_assert(Shape::kSlots % kLanes == 0);
+  const int lane = threadIdx.x % 32;
   Ring<Shape::kSlots> ring;
   Ring<Shape::kStages> stage;
-  int segment = 0, ends = 0;
-  auto ticket = static_cast<int>(atomicAdd(params.ticket, 1u));
-  while (ends < Shape::kTeams) {
-    shared.task_empty[ring.stage].wait(ring.phase ^ 1);
+  for (int before = 0; before < lane; ++before) ring.advance(), stage.advance();
+  int segment = 0;
+  const auto draw = [&] { return atomicAdd(params.ticket, static_cast<std::uint32_t>(kLanes)); };
+  std::uint32_t drawn = lane == 0 ? draw() : 0;
+  bool more = true, told = false;
+  while (more) {
+    if (!told) shared.task_empty[ring.stage].wait(ring.phase ^ 1);
+    const auto first = static_cast<int>(__shfl_sync(kMask, drawn, 0));
+    const int ticket = first + lane;
     const bool there = ticket < params.schedule.num_tickets;
-    const int next = there ? static_cast<int>(atomicAdd(params.ticket, 1u)) : ticket;
+    if (lane == 0 && there) drawn = draw();
     const Task task = make_task(params, ticket, segment);
-    typename Shape::Slot& slot = shared.slots[ring.stage];
-    slot.task = task;
-    slot.infinite = 0;
-    shared.task_full[ring.stage].arrive();
-    ring.advance();
-    if (there) {
+    if (!told) {
+      typename Shape::Slot& slot = shared.slots[ring.stage];
+      slot.task = task;
+      slot.infinite = 0;
+      shared.task_full[ring.stage].arrive();
+    }
+    told = !there;
+    more = first < params.schedule.num_tickets;
+#pragma unroll 1
+    for (int turn = 0; turn < kLanes; ++turn) {  // in the order in which stages become free
+      __syncwarp(kMask);
+      if (lane != turn || !there) continue;
       shared.stage_empty[stage.stage].wait(stage.phase ^ 1);
       load_tile<Shape>(params, maps, task, shared.stages[stage.stage],
                        shared.stage_full[stage.stage]);
-      stage.advance();
-    } else {
-      ++ends;
     }
-    ticket = next;
+#pragma unroll
+    for (int n = 0; n < kLanes; ++n) ring.advance(), stage.advance();
   }
 }
 
@@ -97,9 +111,71 @@ __device__ inline bool is_given(const QuantizeParams& params, const Task& task) 
     if (given && task.subtracts_mean(params)) {
       given = load_acquire(params.k_summed + task.dense_group(tensor)) >= slots;
     }
+    if (given && task.finishes_factors(params)) {
+      const QuantizeTensor& v = params.tensors[kV];
+      given = load_acquire(v.measured + task.dense_group(v)) >= slots;
+    }
   }
   __syncwarp();
   return __shfl_sync(kAllLanes, given, 0);
+}
+
+// Scales of channels: all loads are under way before the first is waited for.
+template <class Shape>
+__device__ void fetch_channels(const QuantizeTensor& tensor, const Task& task, float* inverses) {
+  const int lane = thread_idx() % 32;
+  const std::int64_t first = task.group(tensor) * tensor.head_dim;
+  std::uint32_t amax[Shape::kHeadDim / 32];
+#pragma unroll
+  for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
+    const int c = lane + 32 * i;
+    amax[i] = c < tensor.head_dim ? __ldcg(tensor.amax + first + c) : 0;
+  }
+#pragma unroll
+  for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
+    const int c = lane + 32 * i;
+    const float value = __uint_as_float(amax[i]);
+    inverses[c] = inverse_of(value);
+    if (c < tensor.head_dim && task.first == 0) tensor.descale[first + c] = descale_of(value);
+  }
+}
+
+template <class Shape>
+__device__ void fetch_mean(const QuantizeParams& params, const Task& task, float* mean) {
+  const int lane = thread_idx() % 32, head_dim = params.tensors[kK].head_dim;
+  float* from = params.k_mean + task.group(params.tensors[kK]) * head_dim;
+  float value[Shape::kHeadDim / 32];
+#pragma unroll
+  for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
+    const int c = lane + 32 * i;
+    value[i] = c < head_dim && task.seqlen > 0 ? __ldcg(from + c) : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
+    const int c = lane + 32 * i;
+    mean[c] = value[i];
+    if (c < head_dim && task.seqlen == 0) from[c] = 0.0f;
+  }
+}
+
+// v_token_factor of the tokens that a tile of k has, where v's tiles left the largest |x|.
+__device__ inline void finish_factors(const QuantizeParams& params, const Task& task) {
+  const QuantizeTensor& v = params.tensors[kV];
+  const int lane = thread_idx() % 32;
+  float* factor = params.v_token_factor + task.dense_group(v) * v.seqlen + task.memory;
+  float amax[kQuantizeTokens / 32];
+#pragma unroll
+  for (int i = 0; i < kQuantizeTokens / 32; ++i) {
+    const int row = lane + 32 * i;
+    amax[i] = row < task.rows ? __ldcg(factor + row) : 0.0f;
+  }
+  const float of_head = descale_of(__uint_as_float(__ldcg(v.amax + task.group(v))));
+  if (lane == 0 && task.first == 0) v.descale[task.group(v)] = of_head;
+#pragma unroll
+  for (int i = 0; i < kQuantizeTokens / 32; ++i) {
+    const int row = lane + 32 * i;
+    if (row < task.rows) factor[row] = token_factor(amax[i], of_head);
+  }
 }
 
 // Brings it to shared memory; the first task of a sequence writes given scales.
@@ -110,34 +186,20 @@ __device__ void fetch_given(const QuantizeParams& params, typename Shape::Slot& 
   const int lane = thread_idx() % 32;
   const std::int64_t group = task.group(tensor);
   if (task.given_scale(tensor)) {
+    const std::uint32_t infinite = __ldcg(tensor.infinite + task.scale_group(tensor));
     if (tensor.scale == ScaleKind::kChannel) {
-#pragma unroll 1
-      for (int c = lane; c < Shape::kHeadDim; c += 32) {
-        const std::int64_t at = group * tensor.head_dim + c;
-        const bool exists = c < tensor.head_dim;
-        const float amax = exists ? __uint_as_float(__ldcg(tensor.amax + at)) : 0.0f;
-        slot.values[c] = inverse_of(amax);
-        if (exists && task.first == 0) tensor.descale[at] = descale_of(amax);
-      }
-    } else if (lane == 0) {
+      fetch_channels<Shape>(tensor, task, slot.values);
+    } else {
       const float amax = __uint_as_float(__ldcg(tensor.amax + task.scale_group(tensor)));
-      slot.inverse = inverse_of(amax);
-      slot.descale = descale_of(amax);
-      if (task.first == 0) tensor.descale[group] = slot.descale;
+      if (lane == 0) {
+        slot.inverse = inverse_of(amax);
+        if (task.first == 0) tensor.descale[group] = descale_of(amax);
+      }
     }
-    if (lane == 0) {
-      slot.given_infinite = static_cast<int>(__ldcg(tensor.infinite + task.scale_group(tensor)));
-    }
+    if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
   }
-  if (task.subtracts_mean(params)) {
-#pragma unroll 1
-    for (int c = lane; c < Shape::kHeadDim; c += 32) {
-      float* mean = params.k_mean + group * tensor.head_dim + c;
-      const bool exists = c < tensor.head_dim;
-      slot.values[c] = exists && task.seqlen > 0 ? __ldcg(mean) : 0.0f;
-      if (exists && task.seqlen == 0) *mean = 0.0f;
-    }
-  }
+  if (task.subtracts_mean(params)) fetch_mean<Shape>(params, task, slot.values);
+  if (task.finishes_factors(params)) finish_factors(params, task);
 }
 
 // Raises what others raise too, and then counts the tile.
@@ -189,9 +251,9 @@ __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, f
 }
 
 // Stores K's sum over a block. Whoever completes kMeanBlocks of a sequence adds those up, and
-// whoever completes the sequence makes the mean: always in the same order.
+// whoever completes the sequence makes the mean: always in the same order. Returns who did.
 template <class Shape>
-__device__ void add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
+__device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
                         float* mean) {
   const Task task = slot.task;
   const QuantizeTensor& k = params.tensors[kK];
@@ -208,7 +270,7 @@ __device__ void add_sum(const QuantizeParams& params, const typename Shape::Slot
     return __shfl_sync(kAllLanes, before, 0) + 1 == static_cast<std::uint32_t>(of);
   };
   const int together = min(blocks - first, kMeanBlocks);
-  if (!is_last(params.k_blocks_summed + of_block - (block - first), together)) return;
+  if (!is_last(params.k_blocks_summed + of_block - (block - first), together)) return false;
   partial -= static_cast<std::int64_t>(block - first) * k.head_dim;
   for (int c = 4 * lane; c < k.head_dim; c += 128) {
     double sum[4] = {};
@@ -219,7 +281,7 @@ __device__ void add_sum(const QuantizeParams& params, const typename Shape::Slot
   }
   const std::int64_t group = task.group(k);
   const int sums = (blocks + kMeanBlocks - 1) / kMeanBlocks;
-  if (!is_last(params.k_sums_summed + group, sums)) return;
+  if (!is_last(params.k_sums_summed + group, sums)) return false;
   partial -= static_cast<std::int64_t>(first) * k.head_dim;
   for (int c = 4 * lane; c < k.head_dim; c += 128) {
     double sum[4] = {};
@@ -233,15 +295,22 @@ __device__ void add_sum(const QuantizeParams& params, const typename Shape::Slot
     // Where the sum overflows, K stays as it is.
     params.k_mean[group * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
   }
+  return true;
 }
 
 template <class Shape>
 __device__ void publish_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
                             float* mean) {
-  if (slot.task.rows > 0) add_sum<Shape>(params, slot, mean);
+  const bool made_mean = slot.task.rows > 0 && add_sum<Shape>(params, slot, mean);
   __syncwarp();
   if (thread_idx() % 32 == 0) {
-    announce(params.k_summed + slot.task.dense_group(params.tensors[kK]));
+    std::uint32_t* summed = params.k_summed + slot.task.dense_group(params.tensors[kK]);
+    // The others' sums are released already, to who makes the mean.
+    if (made_mean) {
+      announce(summed);
+    } else {
+      atomicAdd(summed, 1u);
+    }
   }
 }
 
@@ -271,7 +340,9 @@ __device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::
     if (between > 0 &&
         __all_sync(kAllLanes, shared.result_full[behind.stage].test_wait(behind.phase))) {
       const typename Shape::Slot& slot = shared.slots[behind.stage];
-      if (slot.task.pass == QuantizePass::kAmax) publish_amax<Shape>(params, slot);
+      if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
+        publish_amax<Shape>(params, slot);
+      }
       if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
       __syncwarp();
       arrive_warp(shared.task_empty[behind.stage]);

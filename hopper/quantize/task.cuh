@@ -59,6 +59,15 @@ struct Task {
     const bool rotates = params.hadamard_log2 > 0 || params.rotary.dim > 0;
     return (which != kV && rotates) || subtracts_mean(params);
   }
+  // The last pass over v finds the largest |x| of its heads, which its tokens' factors refer to.
+  __device__ bool measures_head(const QuantizeParams& params) const {
+    return which == kV && params.tensors[kV].scale == ScaleKind::kToken;
+  }
+  // K's tiles, which come later, divide by it.
+  __device__ bool finishes_factors(const QuantizeParams& params) const {
+    return which == kK && pass == QuantizePass::kQuantize &&
+           params.tensors[kV].scale == ScaleKind::kToken;
+  }
   // The largest |x| of what shares a scale is known.
   __device__ bool given_scale(const QuantizeTensor& tensor) const {
     return pass == QuantizePass::kQuantize && tensor.find_amax;
@@ -89,7 +98,7 @@ struct QuantizeShape {
   // A task, and what is found out for it and by it.
   struct Slot {
     Task task;
-    float inverse, descale;              // of a given scale that channels share
+    float inverse;                       // of a given scale that channels share
     int given_infinite;                  // the given scale's tiles have an infinity
     int infinite;                        // this one has
     alignas(16) float values[kHeadDim];  // V: inverse scales of channels; K: its mean; as float4

@@ -1,11 +1,18 @@
 """The card's quantizer gives the bits of the one in PyTorch, whatever the recipe and the layout."""
 
 import math
-from itertools import pairwise
 
 import pytest
 import torch
 from checking import DEVICE, heads_outside, name, sequence_first, strided
+from quantize_checking import (
+    assert_same,
+    bits,
+    check,
+    in_cpu_memory,
+    random_qkv,
+    recipe_name,
+)
 
 from hopper_attention import ops_quantize
 from hopper_attention.quantize import quantize
@@ -21,87 +28,7 @@ RECIPES = [
     *[Fp8Recipe(v_scale=scale) for scale in V_SCALES],
     *[Fp8Recipe(v_scale=scale, transpose_v=False) for scale in V_SCALES],
 ]
-PARTS = ["q", "k", "v", "q_descale", "k_descale", "v_descale", "v_token_factor", "k_mean"]
 NAN = 0x7F
-
-
-def recipe_name(recipe):
-    flags = ("hadamard", "smooth_k", "transpose_v")
-    words = [recipe.qk_scale, recipe.v_scale, *(flag for flag in flags if getattr(recipe, flag))]
-    return "-".join(words)
-
-
-def random_qkv(
-    seqlen_q=200, seqlen_k=333, head_dim=128, head_dim_v=None, dtype=torch.bfloat16, batch=2, seed=0
-):
-    generator = torch.Generator(DEVICE).manual_seed(seed)
-
-    def draw(*shape):
-        x = torch.randn(shape, device=DEVICE, generator=generator)
-        # A scale of its own for every token, head and channel, so that no mix-up goes unseen
-        for dim in range(1, len(shape)):
-            sizes = [1] * len(shape)
-            sizes[dim] = shape[dim]
-            x *= torch.rand(sizes, device=DEVICE, generator=generator) + 0.5
-        return x.to(dtype)
-
-    return (
-        draw(batch, seqlen_q, 4, head_dim),
-        draw(batch, seqlen_k, 2, head_dim) + 2,
-        draw(batch, seqlen_k, 2, head_dim_v or head_dim),
-    )
-
-
-def poison(like):
-    """Leaves other bytes than the right ones where the outputs will be allocated."""
-    sizes = [tensor.untyped_storage().nbytes() for tensor in like]
-    del like
-    held = [torch.full((max(1, size),), 0x55, dtype=torch.uint8, device=DEVICE) for size in sizes]
-    del held
-
-
-def on_the_card(q, k, v, recipe, **options):
-    poison(quantize_parts(quantize(q, k, v, recipe, **options)))
-    return quantize(q, k, v, recipe, **options)
-
-
-def quantize_parts(quantized):
-    return [part for part in (getattr(quantized, p) for p in PARTS) if part is not None]
-
-
-def in_pytorch(q, k, v, recipe, **options):
-    moved = {
-        key: value.cpu() if isinstance(value, torch.Tensor) else value
-        for key, value in options.items()
-    }
-    return quantize(q.cpu(), k.cpu(), v.cpu(), recipe, **moved)
-
-
-def bits(tensor):
-    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
-
-
-def assert_same(found, expected):
-    for part in PARTS:
-        one, other = getattr(found, part), getattr(expected, part)
-        if other is None:
-            assert one is None, part
-            continue
-        assert one.shape == other.shape, part
-        assert one.stride() == other.stride(), part
-        assert one.dtype == other.dtype, part
-        one, other = bits(one).cpu(), bits(other)
-        wrong = (one != other).nonzero()
-        assert not len(wrong), (
-            f"{part}: {len(wrong)} of {one.numel()} differ, first at {wrong[0].tolist()}: "
-            f"{one[tuple(wrong[0])]} where {other[tuple(wrong[0])]} is right"
-        )
-
-
-def check(q, k, v, recipe, **options):
-    found = on_the_card(q, k, v, recipe, **options)
-    assert_same(found, in_pytorch(q, k, v, recipe, **options))
-    return found
 
 
 @DTYPES
@@ -212,42 +139,6 @@ def test_a_position_past_the_rotary_table_is_seen():
         assert (bits(x)[150:] == NAN).all()
 
 
-@pytest.mark.parametrize("qk_scale", QK_SCALES)
-@pytest.mark.parametrize("head_dim", [64, 72, 128, 192, 256])
-def test_smoothing(head_dim, qk_scale):
-    # The card sums in float32: K's mean may differ in its last bits, and an element that lies
-    # between two e4m3 numbers may fall to the other side.
-    q, k, v = random_qkv(seqlen_k=5000, head_dim=head_dim)
-    k += 20 * torch.randn(1, 1, 1, head_dim, device=DEVICE, dtype=k.dtype)
-    recipe = Fp8Recipe(qk_scale=qk_scale, smooth_k=True)
-    found, expected = on_the_card(q, k, v, recipe), in_pytorch(q, k, v, recipe)
-    largest = k.float().abs().max().item() * head_dim**0.5
-    torch.testing.assert_close(found.k_mean.cpu(), expected.k_mean, rtol=0, atol=2e-7 * largest)
-    torch.testing.assert_close(found.k_descale.cpu(), expected.k_descale, rtol=1e-4, atol=0)
-    assert torch.equal(bits(found.q).cpu(), bits(expected.q))
-    assert torch.equal(bits(found.v).cpu(), bits(expected.v))
-    steps = (bits(found.k).cpu().int() - bits(expected.k).int()).abs()
-    # beside zero e4m3's steps are finer than what the means may differ by
-    apart = (found.k.cpu().float() - expected.k.float()).abs() * found.k_descale.min().item()
-    assert ((steps <= 1) | (apart <= 4e-7 * largest)).all()
-    assert (steps != 0).float().mean() < 2e-3
-    again = quantize(q, k, v, recipe)
-    assert torch.equal(again.k_mean, found.k_mean)
-
-
-def test_smoothing_of_packed_sequences():
-    q, k, v = (x[0] for x in random_qkv(700, 6000, batch=1))
-    bounds_k = [0, 1, 1, 300, 6000]
-    cu_q = torch.tensor([0, 100, 200, 300, 700], dtype=torch.int32, device=DEVICE)
-    cu_k = torch.tensor(bounds_k, dtype=torch.int32, device=DEVICE)
-    recipe = Fp8Recipe(smooth_k=True)
-    packed = quantize(q, k, v, recipe, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k)
-    for i, (first, last) in enumerate(pairwise(bounds_k)):
-        alone = quantize(q[None, :100], k[None, first:last], v[None, first:last], recipe)
-        assert torch.equal(packed.k_mean[i], alone.k_mean[0])
-        assert torch.equal(bits(packed.k[first:last]), bits(alone.k[0]))
-
-
 @pytest.mark.parametrize("recipe", RECIPES, ids=recipe_name)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_visible_and_alone(bad, recipe):
@@ -314,10 +205,6 @@ def test_the_same_bits_again(recipe):
     first = quantize(q, k, v, recipe)
     for _ in range(5):
         assert_same(quantize(q, k, v, recipe), in_cpu_memory(first))
-
-
-def in_cpu_memory(quantized):
-    return quantized.to("cpu")
 
 
 def test_beyond_two_to_the_31_elements():

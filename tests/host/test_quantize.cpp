@@ -1,12 +1,11 @@
-// The quantizer's geometry, checks and order of tiles, against brute force.
+// The quantizer's geometry and checks, against brute force.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
 #include <vector>
 
-#include "check.h"
-#include "quantize/problem.h"
+#include "quantize_call.h"
 
 namespace {
 
@@ -74,49 +73,6 @@ void slots_of_packed_sequences() {
     CHECK(free_slot <= quantize_slots(begin, batch, true));
   }
   CHECK(quantize_slots(0, 3, false) == 0 && quantize_slots(129, 3, false) == 2);
-}
-
-struct Call {
-  alignas(16) char memory[64] = {};
-  hopper_attention_quantize_args args{};
-
-  Call() {
-    args.struct_size = sizeof(args);
-    args.q = args.k = args.v = args.q_out = args.k_out = args.v_out = args.workspace = memory;
-    args.q_descale = args.k_descale = args.v_descale = reinterpret_cast<float*>(memory);
-    args.dtype = HOPPER_ATTENTION_BFLOAT16;
-    args.batch = 2;
-    args.heads = 4;
-    args.heads_kv = 2;
-    args.seqlen_q = 100;
-    args.seqlen_k = 300;
-    args.head_dim = args.head_dim_v = 128;
-    args.qk_scale = HOPPER_ATTENTION_SCALE_BLOCK;
-    args.v_scale = HOPPER_ATTENTION_SCALE_CHANNEL;
-    for (auto* strides :
-         {&args.q_stride_batch, &args.k_stride_batch, &args.v_stride_batch,
-          &args.q_out_stride_batch, &args.k_out_stride_batch, &args.v_out_stride_batch}) {
-      strides[0] = 1 << 20, strides[1] = 1 << 10, strides[2] = 128;
-    }
-  }
-
-  Status status() const {
-    Status shape = check_quantize_shape(args);
-    return shape.ok() ? check_quantize_tensors(args) : shape;
-  }
-  bool refused(const char* words) const {
-    const Status found = status();
-    check::context = std::string("\"") + words + "\" in: " + found.message;
-    return found.code == HOPPER_ATTENTION_INVALID_ARGUMENT &&
-           found.message.find(words) != std::string::npos;
-  }
-};
-
-template <class Change>
-Call with(Change change) {
-  Call call;
-  change(call.args);
-  return call;
 }
 
 void wrong_arguments_are_named() {
@@ -235,100 +191,6 @@ void workspaces() {
   }
 }
 
-// Each tile of each pass is drawn once, in a time that passes, and after all that it waits for.
-void tickets_are_sound(const QuantizeParams& params) {
-  const QuantizeSchedule& schedule = params.schedule;
-  std::vector<std::vector<int>> drawn(schedule.num_streams);
-  for (int s = 0; s < schedule.num_streams; ++s) {
-    drawn[s].assign(schedule.streams[s].num_tiles, -1);
-  }
-  std::int32_t segment = 0;
-  bool once = true;
-  for (int ticket = 0; ticket < schedule.num_tickets; ++ticket) {
-    const auto at = schedule(ticket, segment);
-    std::int32_t from_start = 0;
-    const auto again = schedule(ticket, from_start);
-    once = once && again.stream == at.stream && again.tile == at.tile;
-    int& place = drawn.at(at.stream).at(at.tile);
-    once = once && place == -1;
-    place = ticket;
-  }
-  CHECK(once);
-  bool in_time = true;
-  for (int s = 0; s < schedule.num_streams; ++s) {
-    const QuantizeStream& stream = schedule.streams[s];
-    for (int ticket : drawn[s]) CHECK(ticket >= 0);
-    const bool follows = s > 0 && schedule.streams[s - 1].which == stream.which;
-    CHECK(stream.last ==
-          (s + 1 == schedule.num_streams || schedule.streams[s + 1].which != stream.which));
-    if (!follows) continue;
-    const QuantizeTensor& tensor = params.tensors[stream.which];
-    const bool whole = tensor.scale == ScaleKind::kTensor && stream.pass == QuantizePass::kQuantize;
-    for (int tile = 0; tile < stream.num_tiles; ++tile) {
-      for (int before = 0; before < stream.num_tiles; ++before) {
-        const auto mine = tensor.order(tile), its = tensor.order(before);
-        const bool same = mine.head == its.head && mine.sequence == its.sequence;
-        if (whole || same) in_time = in_time && drawn[s - 1][before] < drawn[s][tile];
-      }
-    }
-  }
-  CHECK(in_time);
-}
-
-void schedules() {
-  std::mt19937 random(3);
-  const auto below = [&](int n) { return static_cast<int>(random() % n); };
-  for (int round = 0; round < 300; ++round) {
-    QuantizePlan plan;
-    Call call;
-    auto& a = call.args;
-    a.batch = 1 + below(3);
-    a.heads = below(7);
-    a.heads_kv = below(5);
-    a.seqlen_q = below(5) == 0 ? 0 : below(1500);
-    a.seqlen_k = below(5) == 0 ? 0 : below(round % 10 == 0 ? 40000 : 1500);
-    a.qk_scale = below(4);
-    const int v_scales[] = {0, 1, 3, 4};
-    a.v_scale = v_scales[below(4)];
-    a.smooth_k = below(2);
-    if (below(3) == 0)
-      a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<std::int32_t*>(call.memory);
-    check::context = "schedule of round " + std::to_string(round);
-    CHECK(plan_quantize(a, &plan).ok());
-    schedule_quantize(below(3) == 0 ? 0 : below(400), &plan);
-    tickets_are_sound(plan.params);
-  }
-}
-
-// Tiles are each of (sequence, head, slot), a group's heads side by side.
-void head_orders() {
-  for (int heads : {1, 2, 3, 12, 16}) {
-    for (int slots : {0, 1, 5, 128, 300, 600}) {
-      for (bool one_pass : {false, true}) {
-        const HeadOrder order = head_order(2, heads, slots, one_pass);
-        const int tiles = std::max(slots, 1);
-        check::context = "order of " + std::to_string(heads) + " heads, " + std::to_string(slots);
-        CHECK(order.num_tiles == 2 * heads * tiles);
-        const int group = order.by_group.divisor;
-        CHECK(heads % group == 0 &&
-              (one_pass ? group == heads : group * tiles <= std::max(512, tiles)));
-        std::vector<bool> seen(order.num_tiles);
-        int sequence = 0;
-        for (int i = 0; i < order.num_tiles; ++i) {
-          const auto tile = order(i);
-          CHECK(tile.sequence >= sequence && tile.sequence < 2);
-          sequence = tile.sequence;
-          CHECK(tile.head >= 0 && tile.head < heads && tile.slot >= 0 && tile.slot < tiles);
-          const int at = (tile.sequence * heads + tile.head) * tiles + tile.slot;
-          CHECK(!seen.at(at));
-          seen.at(at) = true;
-          if (i % group != 0) CHECK(order(i - 1).slot == tile.slot);
-        }
-      }
-    }
-  }
-}
-
 void empty_calls() {
   Call call;
   call.args.seqlen_q = call.args.seqlen_k = 0;
@@ -359,8 +221,6 @@ int main() {
   wrong_rotary_is_named();
   plans();
   workspaces();
-  head_orders();
-  schedules();
   empty_calls();
   return check::result();
 }

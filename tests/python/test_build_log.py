@@ -53,7 +53,8 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
     "e4m3fast_d256_masked": TRANSPOSING,
-    "quantize": "the task's number, or one of a thread's 64 elements where it finds the largest",
+    "quantize": "the task's number, a token's scale, or one of a thread's 64 elements where the "
+    "largest is found",
 }
 # Kernels that multiply no matrices, with the log of each.
 OTHER_KERNELS = {

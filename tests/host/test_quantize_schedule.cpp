@@ -1,0 +1,171 @@
+// In which order the quantizer's tiles come, against brute force.
+#include <algorithm>
+#include <climits>
+#include <random>
+#include <vector>
+
+#include "quantize_call.h"
+
+namespace {
+
+using namespace hopper_attention;
+
+// Of a pass over a tensor, the ticket of each tile; -1 where it is not drawn once.
+std::vector<int> tickets_of(const QuantizeParams& params, QuantizePass pass, int which) {
+  const QuantizeSchedule& schedule = params.schedule;
+  std::vector<int> tickets(params.tensors[which].order.num_tiles, -1);
+  std::int32_t segment = 0;
+  for (int ticket = 0; ticket < schedule.num_tickets; ++ticket) {
+    const auto at = schedule(ticket, segment);
+    std::int32_t from_start = 0;
+    const auto again = schedule(ticket, from_start);
+    CHECK(again.stream == at.stream && again.tile == at.tile);
+    const QuantizeStream& stream = schedule.streams[at.stream];
+    if (stream.pass != pass || stream.which != which) continue;
+    int& place = tickets.at(at.tile);
+    CHECK(place == -1);
+    place = ticket;
+  }
+  return tickets;
+}
+
+// Whether every tile of `later` comes after those of `first` of its head, or of all heads.
+bool follows(const HeadOrder& order, const std::vector<int>& first, const std::vector<int>& later,
+             bool all) {
+  for (int tile = 0; tile < order.num_tiles; ++tile) {
+    for (int before = 0; before < order.num_tiles; ++before) {
+      const auto mine = order(tile), its = order(before);
+      const bool waits = all || (mine.head == its.head && mine.sequence == its.sequence);
+      if (waits && first[before] >= later[tile]) return false;
+    }
+  }
+  return true;
+}
+
+// Each tile of each pass is drawn once, and after all that it waits for.
+void tickets_are_sound(const QuantizeParams& params) {
+  int tickets = 0;
+  std::vector<int> of_v;
+  for (int which : {kV, kK, kQ}) {
+    const QuantizeTensor& tensor = params.tensors[which];
+    const bool whole = tensor.scale == ScaleKind::kTensor;
+    std::vector<int> before;
+    for (const auto pass : {QuantizePass::kSum, QuantizePass::kAmax, QuantizePass::kQuantize}) {
+      const bool sums = which == kK && params.smooth_k;
+      if (pass == QuantizePass::kSum && !sums) continue;
+      if (pass == QuantizePass::kAmax && !tensor.find_amax) continue;
+      const std::vector<int> mine = tickets_of(params, pass, which);
+      CHECK(std::count(mine.begin(), mine.end(), -1) == 0);
+      const bool all = whole && pass == QuantizePass::kQuantize;
+      if (!before.empty()) CHECK(follows(tensor.order, before, mine, all));
+      // K's tiles finish the factors of V's tokens.
+      const bool finishes = which == kK && pass == QuantizePass::kQuantize &&
+                            params.tensors[kV].scale == ScaleKind::kToken;
+      if (finishes) CHECK(follows(tensor.order, of_v, mine, true));
+      before = mine;
+      tickets += tensor.order.num_tiles;
+    }
+    if (which == kV) of_v = before;
+  }
+  CHECK(tickets == params.schedule.num_tickets);
+}
+
+// Groups hold as many bytes at every head dimension, those of a smoothed K as many tiles; one pass
+// takes all heads side by side. A smoothed K's second pass waits longer.
+void groups() {
+  for (int head_dim : {64, 96, 128, 256}) {
+    for (int smooth : {0, 1}) {
+      QuantizePlan plan;
+      Call call;
+      auto& a = call.args;
+      a.heads = a.heads_kv = 32;
+      a.head_dim = a.head_dim_v = head_dim;
+      a.seqlen_q = a.seqlen_k = 128 * 64;
+      a.smooth_k = smooth;
+      check::context = "groups of " + std::to_string(head_dim) + (smooth ? ", smooth" : "");
+      CHECK(plan_quantize(a, &plan).ok());
+      const auto group = [&](int which) {
+        return plan.params.tensors[which].order.by_group.divisor;
+      };
+      const int heads = head_dim == 64 ? 8 : head_dim == 256 ? 2 : 4;
+      CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == (smooth ? 8 : 32));
+      schedule_quantize(100, &plan);
+      const auto starts = [&](int which) {
+        std::vector<int> found;
+        const QuantizeSchedule& s = plan.params.schedule;
+        for (int i = 0; i < s.num_streams; ++i) {
+          if (s.streams[i].which == which) found.push_back(s.streams[i].start);
+        }
+        return found;
+      };
+      const int all = a.batch * 32 * 64;
+      CHECK(starts(kV) == (std::vector<int>{0, heads * 64 + 100}));
+      CHECK(starts(kK) ==
+            (smooth ? std::vector<int>{all, all + 512 + 300} : std::vector<int>{all}));
+    }
+  }
+}
+
+void schedules() {
+  std::mt19937 random(3);
+  const auto below = [&](int n) { return static_cast<int>(random() % n); };
+  for (int round = 0; round < 300; ++round) {
+    QuantizePlan plan;
+    Call call;
+    auto& a = call.args;
+    a.batch = 1 + below(3);
+    a.heads = below(7);
+    a.heads_kv = below(5);
+    a.seqlen_q = below(5) == 0 ? 0 : below(1500);
+    a.seqlen_k = below(5) == 0 ? 0 : below(round % 10 == 0 ? 40000 : 1500);
+    a.qk_scale = below(4);
+    const int v_scales[] = {0, 1, 3, 4};
+    a.v_scale = v_scales[below(4)];
+    a.head_dim = a.head_dim_v = 8 << below(6);
+    a.smooth_k = below(2);
+    if (below(3) == 0)
+      a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<std::int32_t*>(call.memory);
+    check::context = "schedule of round " + std::to_string(round);
+    CHECK(plan_quantize(a, &plan).ok());
+    schedule_quantize(below(3) == 0 ? 0 : below(400), &plan);
+    tickets_are_sound(plan.params);
+  }
+}
+
+// Tiles are each of (sequence, head, slot), a group's heads side by side.
+void head_orders() {
+  for (int heads : {1, 2, 3, 12, 16}) {
+    for (int slots : {0, 1, 5, 128, 300, 600}) {
+      for (int most : {1, 256, 512, INT_MAX}) {
+        const HeadOrder order = head_order(2, heads, slots, most);
+        const int tiles = std::max(slots, 1);
+        check::context = "order of " + std::to_string(heads) + " heads, " + std::to_string(slots);
+        CHECK(order.num_tiles == 2 * heads * tiles);
+        const int group = order.by_group.divisor;
+        CHECK(heads % group == 0 && group * tiles <= std::max(most, tiles));
+        CHECK(most < INT_MAX || group == heads);
+        std::vector<bool> seen(order.num_tiles);
+        int sequence = 0;
+        for (int i = 0; i < order.num_tiles; ++i) {
+          const auto tile = order(i);
+          CHECK(tile.sequence >= sequence && tile.sequence < 2);
+          sequence = tile.sequence;
+          CHECK(tile.head >= 0 && tile.head < heads && tile.slot >= 0 && tile.slot < tiles);
+          const int at = (tile.sequence * heads + tile.head) * tiles + tile.slot;
+          CHECK(!seen.at(at));
+          seen.at(at) = true;
+          if (i % group != 0) CHECK(order(i - 1).slot == tile.slot);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  head_orders();
+  groups();
+  schedules();
+  return check::result();
+}
