@@ -149,7 +149,11 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "square tiles waste least on the diagonal", true, 1, false, 0, false, true};
     case 192:
       if (key.head_dim_v == 128) {
-        return {key, 128, 2, 2, true, kRowByRow, false, "208 KiB at two stages"};
+        return full
+          ? ForwardConfig{key, 128, 2, 2, true, kRowByRow, false, "208 KiB at two stages"}
+          : ForwardConfig{key, 128, 2, 2, false, kRowByRow, false,
+                          "208 KiB at two stages; turns cost 1 to 2% with masks by bits", true, 1,
+                          false, 0, false, true};
       }
       return full
         ? ForwardConfig{key, 112, 2, 2, false, kRowByRow, true,
