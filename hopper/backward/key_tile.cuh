@@ -66,15 +66,6 @@ CUTE_DEVICE SharedTile find_tile(BackwardParams const& params, int index) {
   return found;
 }
 
-// Out of shared memory, anew each time: registers are what is short.
-CUTE_DEVICE int4 load_tile_words(SharedTile const& tile, int index) {
-  int4 words;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(cute::cast_smem_ptr_to_uint(&tile) + 16 * index));
-  return words;
-}
-
 CUTE_DEVICE SharedTile load_tile(SharedTile const& tile) {
   const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
   const int4 c = load_tile_words(tile, 2);
@@ -91,15 +82,6 @@ CUTE_DEVICE Mask tile_mask(BackwardParams const& params,
   } else {
     return params.mask;
   }
-}
-
-// What a warp needs to know of a tile that is in shared memory.
-template <class Traits>
-CUTE_DEVICE KeyTile told_tile(typename Traits::SharedStorage const& shared, int slot) {
-  SharedTile const& tile = shared.tile[slot];
-  const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
-  const int4 c = load_tile_words(tile, 3);
-  return {a.x, a.y, 0, {c.x, c.y}, a.z, {b.x, b.y}, {b.z, b.w}, a.w};
 }
 
 // The tile of a block that has one. head_kv is negative where it has nothing to do.

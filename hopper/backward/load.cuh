@@ -4,6 +4,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "backward/params.h"
+#include "backward/traits.cuh"
 #include "common/barriers.cuh"
 #include "hopper_attention/backward_budget.h"
 #include "hopper_attention/query_steps.h"
@@ -22,6 +23,24 @@ struct KeyTile {
   RowOrigin k;      // of K and V
   int wrap;         // of ragged tensors
 };
+
+// Out of shared memory, anew each time: registers are what is short.
+CUTE_DEVICE int4 load_tile_words(SharedTile const& tile, int index) {
+  int4 words;
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+               : "r"(cute::cast_smem_ptr_to_uint(&tile) + 16 * index));
+  return words;
+}
+
+// What a warp needs to know of a tile that is in shared memory.
+template <class Traits>
+CUTE_DEVICE KeyTile told_tile(typename Traits::SharedStorage const& shared, int slot) {
+  SharedTile const& tile = shared.tile[slot];
+  const int4 a = load_tile_words(tile, 0), b = load_tile_words(tile, 1);
+  const int4 c = load_tile_words(tile, 3);
+  return {a.x, a.y, 0, {c.x, c.y}, a.z, {b.x, b.y}, {b.z, b.w}, a.w};
+}
 
 template <class Traits>
 CUTE_DEVICE KeyTile key_tile(BackwardParams const& params, int index) {
@@ -137,11 +156,19 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
         from + workspace_block(params, tile.batch, head, tile.first_block + m_block) * kM,
         reinterpret_cast<std::uint64_t*>(&barrier), to, kStatisticsBytes);
   };
+  // What only the keys' loads need is read again: registers are short.
+  auto keys = [&] {
+    if constexpr (Traits::kPersistent) {
+      return told_tile<Traits>(shared, slot);
+    } else {
+      return tile;
+    }
+  };
   bool first = true;
   for (QuerySteps at = query_steps(params, tile); !at.done(); at.advance()) {
     const int stage = rings.q.stage;
     const int head = tile.head_kv * params.heads_per_kv + at.head(), m_block = at.m_block;
-    if (first) load_keys<Traits>(params, tile, shared, slot);
+    if (first) load_keys<Traits>(params, keys(), shared, slot);
     FullBarrier& q_full = barriers.q_full[stage];
     barriers.q_empty[stage].wait(rings.q.phase ^ 1);
     // A cluster's dO goes back before delta is read, which therefore comes with Q.
@@ -154,7 +181,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     if constexpr (Traits::kClustered) {
       load_statistics(q_full, shared.delta[stage], params.workspace.delta, head, m_block);
     }
-    if (first && !Traits::kSharedValues) load_values<Traits>(params, tile, shared, slot);
+    if (first && !Traits::kSharedValues) load_values<Traits>(params, keys(), shared, slot);
     const int dout_stage = rings.dout_stage();
     FullBarrier& dout_full = barriers.dout_full[dout_stage];
     barriers.dout_empty[dout_stage].wait(rings.dout_phase() ^ 1);
@@ -167,7 +194,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
       load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
     }
     // Behind what does not wait for the last tile.
-    if (first && Traits::kSharedValues) load_values<Traits>(params, tile, shared, slot);
+    if (first && Traits::kSharedValues) load_values<Traits>(params, keys(), shared, slot);
     first = false;
     rings.advance();
   }

@@ -28,16 +28,30 @@ struct TileSource {
     return params.workspace.turns == nullptr ? gridDim.x + ticket : ticket;
   }
 
-  CUTE_DEVICE SharedTile find(BackwardParams const& params, int index) const {
-    SharedTile tile = find_tile<Traits>(params, index);
+  // Writes the index-th tile where the others will read it. What has been written is read again:
+  // registers are short.
+  CUTE_DEVICE void write_tile(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                              int slot, int index) const {
+    SharedTile& tile = shared.tile[slot];
+    {
+      const SharedTile found = find_tile<Traits>(params, index);
+      if (lane == 0) tile = found;
+    }
+    __syncwarp();
+    const int4 words = load_tile_words(tile, 0);
+    BlockRange m_blocks;
     if constexpr (Traits::kRagged) {
-      const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
-      tile.m_blocks = tile_query_blocks(mask, tile.n_block, Traits::kTileM, Traits::kTileN);
+      m_blocks = tile_query_blocks(tile_mask<Traits>(params, shared, slot), words.x, Traits::kTileM,
+                                   Traits::kTileN);
+    } else {
+      m_blocks = told_tile<Traits>(shared, slot).m_blocks;
     }
-    if (tile.head_kv >= 0 && !tile.m_blocks.empty()) {
-      tile.steps = (tile.m_blocks.end - tile.m_blocks.begin) * params.heads_per_kv;
+    if (lane == 0) {
+      const bool has_steps = words.y >= 0 && !m_blocks.empty();
+      tile.m_blocks = m_blocks;
+      tile.steps = has_steps ? (m_blocks.end - m_blocks.begin) * params.heads_per_kv : 0;
     }
-    return tile;
+    __syncwarp();
   }
 };
 
@@ -93,15 +107,12 @@ CUTE_DEVICE void produce_tiles(BackwardParams const& params,
   Ring<Traits::kTileSlots> slot;
   QueryRings<Traits> rings;
   for (int index = source.first(params);; index = source.next(params)) {
-    const SharedTile drawn = source.find(params, index);
+    barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
+    source.write_tile(params, shared, slot.stage, index);
     if (source.lane == 0) {
-      barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
-      shared.tile[slot.stage] = drawn;
       barriers.tile_full[slot.stage].arrive();
-      if (drawn.steps > 0) {
-        const KeyTile tile{drawn.n_block,     drawn.head_kv, 0,       drawn.m_blocks,
-                           drawn.first_block, drawn.q,       drawn.k, drawn.wrap};
-        produce<Traits>(params, tile, shared, slot.stage, rings);
+      if (load_tile_words(shared.tile[slot.stage], 3).z > 0) {
+        produce<Traits>(params, told_tile<Traits>(shared, slot.stage), shared, slot.stage, rings);
       } else {  // every phase is seen
         if constexpr (Traits::kSharedValues) barriers.v_empty[0].wait(slot.stage ^ 1);
         barriers.k_full[slot.stage].arrive();
@@ -109,7 +120,7 @@ CUTE_DEVICE void produce_tiles(BackwardParams const& params,
       }
     }
     __syncwarp();
-    if (drawn.head_kv < 0) return;
+    if (load_tile_words(shared.tile[slot.stage], 0).y < 0) return;
     slot.advance();
   }
 }
