@@ -33,7 +33,7 @@ CUTE_DEVICE void init_barriers(BackwardParams const& params, typename Traits::Ba
     barriers.dq_full[i].init(kWarpgroupWarps);
     barriers.dq_empty[i].init(1);
   }
-  if constexpr (Traits::kPersistent) {
+  if constexpr (Traits::kAlike) {
     // The storing warp, and those that see to the adds.
     const bool ordered = params.workspace.turns != nullptr;
     const int releases = 1 + (ordered ? kKeepers : Traits::kDqBulk ? 1 : 0);
@@ -111,7 +111,7 @@ CUTE_DEVICE void add_in_background(BackwardParams const& params, Tiles const& ti
   }
 }
 
-// What a block does that has one tile.
+// What a block does whose consumers share its keys.
 template <class Traits>
 CUTE_DEVICE void run_tile(BackwardParams const& params, typename Traits::SharedStorage& shared,
                           int warpgroup) {
@@ -141,7 +141,7 @@ CUTE_DEVICE void run_tile(BackwardParams const& params, typename Traits::SharedS
   }
 }
 
-// One of the producer's warps, of a persistent block.
+// One of the producer's warps, where consumers are alike.
 template <class Traits>
 CUTE_DEVICE void serve(BackwardParams const& params, typename Traits::SharedStorage& shared,
                        int warp) {
@@ -188,10 +188,9 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     cute::prefetch_tma_descriptor(&params.dout);
     init_barriers<Traits>(params, shared.barriers);
   }
-  if constexpr (Traits::kRagged && !Traits::kPersistent) {
+  if constexpr (Traits::kRagged && !Traits::kAlike) {
     if (cutlass::canonical_warp_idx_sync() == 1) {
-      const SharedTile found = find_tile<Traits>(params, blockIdx.x);
-      if (threadIdx.x % 32 == 0) shared.tile[0] = found;
+      write_tile<Traits>(params, blockIdx.x, shared.tile[0]);
     }
   }
   if constexpr (Traits::kClustered) {
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
     __syncthreads();
   }
   const int warpgroup = cutlass::canonical_warp_group_idx();
-  if constexpr (Traits::kPersistent) {
+  if constexpr (Traits::kAlike) {
     run_tiles<Traits>(params, shared, warpgroup);
   } else {
     run_tile<Traits>(params, shared, warpgroup);

@@ -135,8 +135,8 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
   auto adder = make_dq_adder<Traits>(params, shared, consumer, thread);
 
   using ShapeScores = Shape<typename Traits::N, typename Traits::M>;
+  static_assert(Traits::kStages == Traits::kDsStages, "one ring for both");
   Ring<Traits::kStages> ring;
-  Ring<Traits::kDsStages> ds_ring;
   // Ahead, the next step's S is issued under this step's dK.
   constexpr bool kAhead = Traits::kAheadScores;
   for (TileSink<Traits> tiles; tiles.next(shared); tiles.slot.advance()) {
@@ -156,10 +156,11 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
       issue_product<true>(mma_scores, keys, tSrQ(_, _, _, ring.stage), rS);
     };
     auto step = [&](auto kPlain) {
-      const int stage = ring.stage, ds_stage = ds_ring.stage;
+      const int stage = ring.stage;
+      const std::uint32_t phase = ring.phase;
       Tensor rdP = partition_fragment_C(mma_scores, ShapeScores{});
       if constexpr (!kAhead) issue_scores(true);
-      barriers.dout_full[stage].wait(ring.phase);
+      barriers.dout_full[stage].wait(phase);
       Tensor values = tPrV(_, _, _, slot % Traits::kValueBuffers);
       issue_product<true>(mma_scores, values, tPrdO(_, _, _, stage), rdP);
       if constexpr (!kAhead) {
@@ -177,15 +178,15 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
       warpgroup_wait<0>();
       warpgroup_fence_operand(rdP);
       pass_values<Traits>(barriers, at, slot);
-      barriers.ds_empty[ds_stage].wait(ds_ring.phase ^ 1);
+      barriers.ds_empty[stage].wait(phase ^ 1);
       differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
-      write_ds(writer, ds_stage, rdS, rS.layout());
+      write_ds(writer, stage, rdS, rS.layout());
       __syncwarp();
-      arrive_warp(barriers.ds_full[ds_stage]);
+      arrive_warp(barriers.ds_full[stage]);
       issue_product<false>(mma_dv, rP, tVrdO(_, _, _, stage), rdV);
-      barriers.ds_full[ds_stage].wait(ds_ring.phase);
+      barriers.ds_full[stage].wait(phase);
       Tensor rdQ = partition_fragment_C(typename Traits::MmaDq{}, typename Traits::ShapeDq{});
-      issue_dq<Traits>(operands, ds_stage, slot, 0, rdQ);
+      issue_dq<Traits>(operands, stage, slot, 0, rdQ);
       warpgroup_wait<1>();
       warpgroup_fence_operand(rdV);
       arrive_warp(barriers.dout_empty[stage]);
@@ -202,7 +203,7 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
         warpgroup_wait<1>();
       }
       warpgroup_fence_operand(rdQ);
-      arrive_warp(barriers.ds_empty[ds_stage]);
+      arrive_warp(barriers.ds_empty[stage]);
       adder.begin();
       adder.add(rdQ, at.block, 0);
       adder.end();
@@ -218,7 +219,6 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
         warpgroup_wait<0>();
         warpgroup_fence_operand(rS);
       }
-      ds_ring.advance();
     };
     barriers.k_full[slot].wait(tiles.slot.phase);
     barriers.v_full[slot].wait(tiles.slot.phase);

@@ -6,6 +6,24 @@
 
 namespace hopper_attention {
 
+// Which of a block's kSlots places a tile has, in one register: what follows from it is computed
+// each time.
+template <int kSlots>
+struct TileSlot {
+  unsigned int count = 0;
+
+  CUTE_DEVICE int stage() const { return anew() % kSlots; }
+  CUTE_DEVICE std::uint32_t phase() const { return anew() / kSlots % 2; }
+  CUTE_DEVICE void advance() { ++count; }
+
+ private:
+  CUTE_DEVICE unsigned int anew() const {
+    unsigned int same = count;
+    asm volatile("" : "+r"(same));
+    return same;
+  }
+};
+
 // The drawing side, a whole warp. A tile is drawn when its block runs, and its block's tiles are
 // done in the order in which they were drawn. So in a fixed order of the adds the tile with the
 // lowest number that is not done never waits for long, however few blocks run: it waits for adds of
@@ -13,15 +31,14 @@ namespace hopper_attention {
 // do not run yet might be waited for.
 template <class Traits>
 struct TileSource {
-  int lane = threadIdx.x % 32;
-
   CUTE_DEVICE int draw(BackwardParams const& params) const {
     unsigned int ticket = 0;
-    if (lane == 0) ticket = atomicAdd(params.workspace.tickets, 1u);
+    if (lane_anew() == 0) ticket = atomicAdd(params.workspace.tickets, 1u);
     return static_cast<int>(__shfl_sync(0xffffffff, ticket, 0));
   }
   CUTE_DEVICE int first(BackwardParams const& params) const {
-    return params.workspace.turns == nullptr ? blockIdx.x : draw(params);
+    if (!Traits::kPersistent || params.workspace.turns == nullptr) return blockIdx.x;
+    return draw(params);
   }
   CUTE_DEVICE int next(BackwardParams const& params) const {
     const int ticket = draw(params);
@@ -30,23 +47,15 @@ struct TileSource {
 
   // Writes the index-th tile where the others will read it. What has been written is read again:
   // registers are short.
-  CUTE_DEVICE void write_tile(BackwardParams const& params, typename Traits::SharedStorage& shared,
-                              int slot, int index) const {
+  CUTE_DEVICE void put(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                       int slot, int index) const {
     SharedTile& tile = shared.tile[slot];
-    {
-      const SharedTile found = find_tile<Traits>(params, index);
-      if (lane == 0) tile = found;
-    }
+    write_tile<Traits>(params, index, tile);
     __syncwarp();
-    const int4 words = load_tile_words(tile, 0);
-    BlockRange m_blocks;
-    if constexpr (Traits::kRagged) {
-      m_blocks = tile_query_blocks(tile_mask<Traits>(params, shared, slot), words.x, Traits::kTileM,
-                                   Traits::kTileN);
-    } else {
-      m_blocks = told_tile<Traits>(shared, slot).m_blocks;
-    }
-    if (lane == 0) {
+    if (lane_anew() == 0) {
+      const int4 words = load_tile_words(tile, 0);
+      const BlockRange m_blocks = tile_query_blocks(tile_mask<Traits>(params, shared, slot),
+                                                    words.x, Traits::kTileM, Traits::kTileN);
       const bool has_steps = words.y >= 0 && !m_blocks.empty();
       tile.m_blocks = m_blocks;
       tile.steps = has_steps ? (m_blocks.end - m_blocks.begin) * params.heads_per_kv : 0;
@@ -62,6 +71,7 @@ struct TileSink {
 
   // Waits for the next tile; false when there is none.
   CUTE_DEVICE bool next(typename Traits::SharedStorage& shared) const {
+    if (!Traits::kPersistent && slot.phase > 0) return false;
     shared.barriers.tile_full[slot.stage].wait(slot.phase);
     return load_tile_words(shared.tile[slot.stage], 0).y >= 0;
   }
@@ -104,23 +114,24 @@ CUTE_DEVICE void produce_tiles(BackwardParams const& params,
                                typename Traits::SharedStorage& shared) {
   auto& barriers = shared.barriers;
   const TileSource<Traits> source;
-  Ring<Traits::kTileSlots> slot;
+  TileSlot<Traits::kTileSlots> slot;
   QueryRings<Traits> rings;
   for (int index = source.first(params);; index = source.next(params)) {
-    barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
-    source.write_tile(params, shared, slot.stage, index);
-    if (source.lane == 0) {
-      barriers.tile_full[slot.stage].arrive();
-      if (load_tile_words(shared.tile[slot.stage], 3).z > 0) {
-        produce<Traits>(params, told_tile<Traits>(shared, slot.stage), shared, slot.stage, rings);
+    barriers.tile_empty[slot.stage()].wait(slot.phase() ^ 1);
+    source.put(params, shared, slot.stage(), index);
+    if (cute::elect_one_sync()) {  // the same thread every time
+      barriers.tile_full[slot.stage()].arrive();
+      if (load_tile_words(shared.tile[slot.stage()], 3).z > 0) {
+        produce<Traits>(params, told_tile<Traits>(shared, slot.stage()), shared, slot.stage(),
+                        rings);
       } else {  // every phase is seen
-        if constexpr (Traits::kSharedValues) barriers.v_empty[0].wait(slot.stage ^ 1);
-        barriers.k_full[slot.stage].arrive();
-        barriers.v_full[slot.stage].arrive();
+        if constexpr (Traits::kSharedValues) barriers.v_empty[0].wait(slot.stage() ^ 1);
+        barriers.k_full[slot.stage()].arrive();
+        barriers.v_full[slot.stage()].arrive();
       }
     }
     __syncwarp();
-    if (load_tile_words(shared.tile[slot.stage], 0).y < 0) return;
+    if (!Traits::kPersistent || load_tile_words(shared.tile[slot.stage()], 0).y < 0) return;
     slot.advance();
   }
 }

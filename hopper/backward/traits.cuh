@@ -57,6 +57,7 @@ struct BackwardTraits {
   static constexpr bool kAheadScores = kConfig.ahead_scores;
   static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
   static constexpr bool kLateDq = kConfig.late_dq;
+  static constexpr bool kAlike = are_alike(kConfig);
   static constexpr bool kPersistent = is_persistent(kConfig);
   static constexpr int kTileSlots = tile_slots(kConfig);
   static constexpr int kValueBuffers = value_buffers(kConfig);
@@ -204,14 +205,14 @@ struct BackwardTraits {
     EmptyBarrier p_empty;
     EmptyBarrier dq_full[kConsumers];
     EmptyBarrier dq_empty[kConsumers];  // or, where consumers add themselves: their turn has come
-    // Of persistent blocks: a tile is known; nobody needs it, its K and its V any longer; dK and dV
+    // Of consumers alike: a tile is known; nobody needs it, its K and its V any longer; dK and dV
     // are in shared memory.
-    EmptyBarrier tile_full[kPersistent ? kTileSlots : 0];
-    EmptyBarrier tile_empty[kPersistent ? kTileSlots : 0];
-    EmptyBarrier gradients_full[kPersistent ? kTileSlots : 0];
+    EmptyBarrier tile_full[kAlike ? kTileSlots : 0];
+    EmptyBarrier tile_empty[kAlike ? kTileSlots : 0];
+    EmptyBarrier gradients_full[kAlike ? kTileSlots : 0];
     // Where tiles share V: the tile's last dP is there; dV has left shared memory.
-    EmptyBarrier v_empty[kPersistent ? 1 : 0];
-    EmptyBarrier gradients_read[kPersistent ? 1 : 0];
+    EmptyBarrier v_empty[kAlike ? 1 : 0];
+    EmptyBarrier gradients_read[kAlike ? 1 : 0];
   };
 
   struct alignas(kSharedAlignment) SharedStorage {
@@ -227,7 +228,7 @@ struct BackwardTraits {
     float p[p_bytes(kConfig) / sizeof(float)];
     float lse_log2[kStages][kTileM];
     float delta[delta_stages(kConfig)][kTileM];
-    SharedTile tile[kRagged || kPersistent ? kTileSlots : 0];
+    SharedTile tile[kRagged || kAlike ? kTileSlots : 0];
     Barriers barriers;
   };
   static_assert(!kRagged || sizeof(SharedTile) * kTileSlots == tile_bytes(kConfig),

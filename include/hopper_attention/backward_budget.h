@@ -45,9 +45,13 @@ constexpr int q_stage_bytes(const BackwardConfig& config) {
 constexpr int dout_stage_bytes(const BackwardConfig& config) {
   return config.tile_m * config.key.head_dim_v * kElementBytes;
 }
+constexpr bool are_alike(const BackwardConfig& config) { return config.roles == Roles::kAlike; }
 // Blocks whose consumers are alike are persistent: they take one tile of keys after the other, and
-// what comes before a tile's first step and after its last runs under its neighbours' steps.
-constexpr bool is_persistent(const BackwardConfig& config) { return config.roles == Roles::kAlike; }
+// what comes before a tile's first step and after its last runs under its neighbours' steps. Soft
+// caps leave no registers for that: with them a block has one tile.
+constexpr bool is_persistent(const BackwardConfig& config) {
+  return are_alike(config) && config.key.mask != MaskKind::kCapped;
+}
 // Tiles that a block knows of at a time: one at work, and the next one, or the last one while its
 // gradients leave. Each has a buffer of K.
 constexpr int tile_slots(const BackwardConfig& config) { return is_persistent(config) ? 2 : 1; }
@@ -94,7 +98,7 @@ constexpr int statistics_bytes(const BackwardConfig& config) {
 // full barrier for K and one for V, and in a cluster for each copy of the other block's dS; 8 bytes
 // each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
-  const int of_tiles = is_persistent(config) ? 5 * tile_slots(config) + 2 : 2;
+  const int of_tiles = are_alike(config) ? 5 * tile_slots(config) + 2 : 2;
   return 8 * (of_tiles + 2 * (config.stages + config.dout_stages) +
               (is_clustered(config) ? 3 : 2) * config.ds_stages + 2 * config.num_consumers + 2);
 }

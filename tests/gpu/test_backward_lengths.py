@@ -125,7 +125,7 @@ MANY_TILES = {
         {"batch": 3, "heads": 16, "seqlen_q": 200, "seqlen_k": 1500},
         {"window_size": (70, 20)},
     ),
-    "softcap": (
+    "softcap": (  # a tile a block
         {"batch": 3, "heads": 16, "heads_kv": 8, "seqlen_q": 300, "seqlen_k": 1500},
         {"softcap": 15.0, "window_size": (200, 50)},
     ),

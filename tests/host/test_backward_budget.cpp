@@ -8,6 +8,11 @@ namespace {
 
 using namespace hopper_attention;
 
+// Tiles that a block knows of: up to head dimension 128 the next one, too, but with a soft cap.
+int expected_slots(const BackwardConfig& config) {
+  return config.roles == Roles::kAlike && config.key.mask != MaskKind::kCapped ? 2 : 1;
+}
+
 // Where a key block's sequence is read from a list: packed batches, and soft caps, whose kernels
 // serve both kinds. And where a block takes one tile after another.
 void tiles_that_one_warp_finds_pass_through_shared_memory() {
@@ -16,17 +21,14 @@ void tiles_that_one_warp_finds_pass_through_shared_memory() {
     const BackwardConfig config = make_backward_config(row.key);
     const bool dense = row.key.mask == MaskKind::kFull || row.key.mask == MaskKind::kMasked;
     CHECK(is_ragged(config) == !dense);
-    const int slots = config.roles == Roles::kAlike ? 2 : 1;
-    CHECK(tile_bytes(config) == (slots == 1 && dense ? 0 : slots * 64));
+    const bool needed = !dense || config.roles == Roles::kAlike;
+    CHECK(tile_bytes(config) == (needed ? expected_slots(config) * 64 : 0));
   }
 }
 
 // Of V: a block that takes one tile after another has the next one's K beside its own.
 int expected_value_buffers(const BackwardConfig& config) {
-  if (config.roles != Roles::kAlike) return 1;
-  const bool fits = config.key.head_dim == 64 ||
-                    (config.key.head_dim == 96 && config.key.mask == MaskKind::kCapped);
-  return fits ? 2 : 1;
+  return config.key.head_dim == 64 ? expected_slots(config) : 1;
 }
 
 // Where they have one, dV leaves through dS's buffers: a slab of columns in each.
@@ -34,7 +36,7 @@ void values_have_two_buffers_where_there_is_room() {
   for (const BackwardInstanceRow& row : kBackwardInstanceRows) {
     check::context = row.name;
     const BackwardConfig config = make_backward_config(row.key);
-    CHECK(is_persistent(config) == (config.roles == Roles::kAlike));
+    CHECK(is_persistent(config) == (expected_slots(config) == 2));
     CHECK(value_buffers(config) == expected_value_buffers(config));
     if (!is_persistent(config) || value_buffers(config) == 2) continue;
     CHECK(shared_bytes(config, 2) > 232448);
@@ -46,7 +48,7 @@ void values_have_two_buffers_where_there_is_room() {
 // The bytes of K, V, the stages of Q, dO, their statistics and dS, of dQ and P where they pass
 // through shared memory, and of a cluster's other block, counted row by row.
 int tensor_bytes(const BackwardConfig& config) {
-  const int columns = (config.roles == Roles::kAlike ? 2 : 1) * config.key.head_dim +
+  const int columns = expected_slots(config) * config.key.head_dim +
                       expected_value_buffers(config) * config.key.head_dim_v;
   int total = 0;
   for (int key = 0; key < config.tile_n; ++key) total += 2 * columns;
