@@ -37,7 +37,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dims in ("128", "192x128", "192", "256")
     },
     **{
-        f"backward_{dtype}_d{dims}_{mask}": LOADING
+        f"backward_{dtype}_d{dims}_{mask}": IN_THE_LOOP if mask == "capped" else LOADING
         for dtype in ("fp16", "bf16")
         for dims in ("64", "96", "128")
         for mask in ("full", "masked", "packed", "capped")
