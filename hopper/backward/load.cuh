@@ -151,10 +151,11 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
   constexpr int kD = Traits::kHeadDim, kDv = Traits::kHeadDimV;
   constexpr int kStatisticsBytes = kM * sizeof(float);
   auto& barriers = shared.barriers;
-  auto load_statistics = [&](FullBarrier& barrier, float* to, float const* from,
-                             std::int64_t block) {
-    cute::SM90_BULK_COPY_G2S::copy(from + block * kM, reinterpret_cast<std::uint64_t*>(&barrier),
-                                   to, kStatisticsBytes);
+  auto load_statistics = [&](FullBarrier& barrier, float* to, float const* from, int head,
+                             int m_block) {
+    cute::SM90_BULK_COPY_G2S::copy(
+        from + workspace_block(params, tile.batch, head, tile.first_block + m_block) * kM,
+        reinterpret_cast<std::uint64_t*>(&barrier), to, kStatisticsBytes);
   };
   // What only the keys' loads need is read again: registers are short.
   auto keys = [&] {
@@ -177,9 +178,9 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     load_slabs<Traits, Traits::kSlab, kD, kM>(params.q, q_full, CacheHintSm90::EVICT_LAST,
                                               shared.q[stage], tile.q, m_block * kM, head,
                                               tile.wrap);
-    load_statistics(q_full, shared.lse_log2[stage], params.workspace.lse_log2, at.block);
+    load_statistics(q_full, shared.lse_log2[stage], params.workspace.lse_log2, head, m_block);
     if constexpr (Traits::kClustered) {
-      load_statistics(q_full, shared.delta[stage], params.workspace.delta, at.block);
+      load_statistics(q_full, shared.delta[stage], params.workspace.delta, head, m_block);
     }
     if (first && !Traits::kSharedValues) load_values<Traits>(params, keys(), shared, slot);
     const int dout_stage = rings.dout_stage();
@@ -191,7 +192,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
                                                 shared.dout[dout_stage], tile.q, m_block * kM, head,
                                                 tile.wrap);
     if constexpr (!Traits::kClustered) {
-      load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, at.block);
+      load_statistics(dout_full, shared.delta[dout_stage], params.workspace.delta, head, m_block);
     }
     // Behind what does not wait for the last tile.
     if (first && Traits::kSharedValues) load_values<Traits>(params, keys(), shared, slot);
