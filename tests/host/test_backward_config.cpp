@@ -55,10 +55,20 @@ void there_is_one_row_for_each_head_dim_dtype_and_mask() {
   }
 }
 
+using Change = void (*)(BackwardConfig&);
+
+// The error of the changed config begins with these words.
+void refuses_with(const std::string& words, const BackwardConfig& config, Change change) {
+  BackwardConfig changed = config;
+  change(changed);
+  const char* error = config_error(changed);
+  check::context = error ? error : "no error";
+  CHECK(error != nullptr && std::string(error).find(words) == 0);
+}
+
 // A step's dQ is computed while the next step's dS is written: with one stage each would wait for
 // the other.
 void late_dq_is_refused_where_it_cannot_run() {
-  using Change = void (*)(BackwardConfig&);
   const Change changes[] = {
       [](BackwardConfig& c) { c.stages = c.ds_stages = 1; },
       [](BackwardConfig& c) { c.ds_stages = 2; },
@@ -69,13 +79,7 @@ void late_dq_is_refused_where_it_cannot_run() {
   const BackwardConfig config = make_backward_config(key);
   check::context = "d96";
   CHECK(config.late_dq && config.k_in_registers && config_error(config) == nullptr);
-  for (const Change change : changes) {
-    BackwardConfig changed = config;
-    change(changed);
-    const char* error = config_error(changed);
-    check::context = error ? error : "no error";
-    CHECK(error != nullptr && std::string(error).find("dQ late") == 0);
-  }
+  for (const Change change : changes) refuses_with("dQ late", config, change);
 }
 
 // K, dK and dV, S, dP and dQ at the same time.
@@ -89,7 +93,6 @@ void late_dq_counts_every_fragment() {
 
 // What the consumers do not wait for rests on the number of buffers.
 void thirds_are_refused_where_they_cannot_run() {
-  using Change = void (*)(BackwardConfig&);
   const Change changes[] = {
       [](BackwardConfig& c) { c.tile_n = 80; },
       [](BackwardConfig& c) { c.num_consumers = 2; },
@@ -106,13 +109,7 @@ void thirds_are_refused_where_they_cannot_run() {
   const BackwardConfig config = make_backward_config(key);
   check::context = "d192";
   CHECK(in_thirds(config) && config_error(config) == nullptr);
-  for (const Change change : changes) {
-    BackwardConfig changed = config;
-    change(changed);
-    const char* error = config_error(changed);
-    check::context = error ? error : "no error";
-    CHECK(error != nullptr && std::string(error).find("thirds") == 0);
-  }
+  for (const Change change : changes) refuses_with("thirds", config, change);
   BackwardConfig wide = config;
   wide.tile_n = 144;  // dK and dV of 72 registers each
   check::context = "144 keys";
@@ -144,7 +141,6 @@ void gradients_have_parts() {
 // Each of a cluster's blocks adds one slice of dQ; the second consumer's products are a step late,
 // so that Q and dS of two steps are there at the same time, and dO of one.
 void clusters_are_refused_where_they_cannot_run() {
-  using Change = void (*)(BackwardConfig&);
   const Change changes[] = {
       [](BackwardConfig& c) { c.cluster = 0; },
       [](BackwardConfig& c) { c.cluster = c.dq_slices = 4; },
@@ -157,13 +153,7 @@ void clusters_are_refused_where_they_cannot_run() {
   const BackwardConfig config = make_backward_config(key);
   check::context = "d256";
   CHECK(config.cluster == 2 && config.dout_stages == 1 && config_error(config) == nullptr);
-  for (const Change change : changes) {
-    BackwardConfig changed = config;
-    change(changed);
-    const char* error = config_error(changed);
-    check::context = error ? error : "no error";
-    CHECK(error != nullptr && std::string(error).find("a cluster") == 0);
-  }
+  for (const Change change : changes) refuses_with("a cluster", config, change);
 }
 
 // What one TMA store of dK or dV takes: a consumer's keys, or where they are shared all.
@@ -273,6 +263,7 @@ void what_cannot_be_built_is_refused() {
   refuses("tile_m", [](BackwardConfig& c) { c.tile_m = 72; });
   refuses("tile_n", [](BackwardConfig& c) { c.tile_n = 64; });
   refuses("stages", [](BackwardConfig& c) { c.stages = 0; });
+  refuses("stages", [](BackwardConfig& c) { c.dout_stages = 0; });
   refuses("stages of dO", [](BackwardConfig& c) { c.dout_stages = 1; });
   refuses("shared memory", [](BackwardConfig& c) { c.stages = c.dout_stages = 6; });
   refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
