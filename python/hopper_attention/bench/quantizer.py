@@ -18,6 +18,7 @@ from hopper_attention.bench.runner import (
     check_alive,
     explain_failure,
     make_inputs,
+    rounded,
 )
 from hopper_attention.bench.shapes import TOKENS, Shape
 from hopper_attention.bench.timing import Clock, CudaClock, Run, round_robin, warm_up
@@ -102,7 +103,7 @@ def _rates(
     for name, ms in times.items():
         impl = COPY if name == COPY else OURS
         recipe_name = {} if name == COPY else {"recipe": name}
-        measured: dict[str, Any] = {"ms": _rounded(ms), "gbps": _rounded(moved / ms * 1e-6)}
+        measured: dict[str, Any] = {"ms": rounded(ms), "gbps": rounded(moved / ms * 1e-6)}
         fields = {"part": "quantize", **recipe_name, **measured}
         outcome.records.append(make_record("quantize", impl, shape, run, **fields))
 
@@ -122,7 +123,7 @@ def _end_to_end(
     }
     times = _time(shape, runs, outcome, reps, clock)
     for name, ms in times.items():
-        measured = {"ms": _rounded(ms), "tflops": _rounded(shape.flops() / ms * 1e-9)}
+        measured = {"ms": rounded(ms), "tflops": rounded(shape.flops() / ms * 1e-9)}
         fields = {"part": "end to end", **measured}
         outcome.records.append(make_record("quantize", name, shape, run, **fields))
 
@@ -142,7 +143,3 @@ def _time(
         else:
             ready[name] = run
     return round_robin(ready, reps, clock)
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
