@@ -68,7 +68,7 @@ class FakeTools:
                 done.stderr = "[1/3] Building\nmma.cuh(7): error: static assertion failed\nstop\n"
                 return done
             (folder / "logs").mkdir()
-            (folder / "logs" / "forward_bf16_d64_full.cu.log").write_text(LOG)
+            (folder / "logs" / "forward_16bit_d64.cu.log").write_text(LOG)
             (folder / "libhopper_attention.so").touch()
         else:
             self.configured.append(command)

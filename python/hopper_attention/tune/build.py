@@ -229,11 +229,12 @@ class Builder:
             if error is not None:
                 return Built(cost, None, None, error)
             (folder / _STAMP).write_text(json.dumps(stamp))
-        log = folder / "logs" / f"forward_{self.instance.name}.cu.log"
+        logs = folder / "logs"
         try:
+            (log,) = logs.glob("forward_*bit_d*.cu.log")  # of the build's one instance
             report = parse_log(log.read_text())
         except (OSError, ValueError) as error:
-            return Built(cost, None, None, f"{log}: {error}")
+            return Built(cost, None, None, f"{logs}: {error}")
         return Built(cost, folder / _LIBRARY, report)
 
     def _compile(self, cost: Cost, folder: Path, cmake: Sequence[str]) -> str | None:
