@@ -2,11 +2,11 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py \\
-      --only '^(?!backward)'
+      --only '^(?!backward|quantize)'
 
 racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
 and delta come) for a store of the thread that issues it, and does not see that its readers wait for
-the copy's mbarrier. Copies through a tensor map it leaves out. Of the quantizer it reports what a
+the copy's mbarrier. Copies through a tensor map it leaves out. Nor the quantizer: it reports what a
 warp stores before one of its lanes arrives at an mbarrier for all of them, behind a __syncwarp().
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
@@ -221,14 +221,22 @@ def run_fp8(name: str, instance: Instance) -> None:
 
 
 def run_quantizer(dtype: torch.dtype, head_dim: int) -> None:
-    """Runs the quantizer; raises AssertionError when its bits are not the reference's."""
+    """Runs the quantizer; raises AssertionError when its bits are not the reference's.
+
+    K less its mean may differ by a rounding: the card's mean may, in its last bits.
+    """
     qkv = draw(dtype, SEQLEN_K["masked"], head_dim, head_dim)
     for recipe in QUANTIZER_RECIPES:
         found = hopper_attention.quantize(*(x.cuda() for x in qkv), recipe).state_dict()
         expected = hopper_attention.quantize(*qkv, recipe).state_dict()
         for field in ("q", "k", "v"):
-            bits = (x[field].cpu().view(torch.uint8) for x in (found, expected))
-            assert torch.equal(*bits), f"quantize {dtype} d{head_dim} {recipe}: {field} differs"
+            one, other = (x[field].cpu().view(torch.uint8).int() for x in (found, expected))
+            apart = (one - other).abs()
+            if field == "k" and recipe.smooth_k:
+                right = apart.max() <= 1 and apart.float().mean() < 2e-3
+            else:
+                right = not apart.any()
+            assert right, f"quantize {dtype} d{head_dim} {recipe}: {field} differs"
 
 
 def main() -> None:
