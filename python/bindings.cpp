@@ -81,6 +81,15 @@ void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
   module.def("explain_forward", &explain_forward<Shape...>, "JSON: how a call would run.");
 }
 
+void bind_call_table(py::module_& module) {
+  static PyMethodDef definition = {
+      "call_table", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_call_table)),
+      METH_FASTCALL, kCallTableDoc};
+  PyObject* const function = PyCFunction_New(&definition, nullptr);
+  if (function == nullptr) throw py::error_already_set();
+  module.attr("call_table") = py::reinterpret_steal<py::object>(function);
+}
+
 std::vector<std::string> instances() {
   std::vector<std::string> names;
   for (const char* listed : {hopper_attention_instances(), hopper_attention_backward_instances()}) {
@@ -100,6 +109,7 @@ PYBIND11_MODULE(_C, module) {
   bind_quantize(module);
   bind_forward_fp8(module);
   bind_varlen(module);
+  bind_call_table(module);
   module.def("version", &hopper_attention_version);
   module.def("instances", &instances);
 }

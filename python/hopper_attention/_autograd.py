@@ -3,6 +3,9 @@
 That one reads the operator's schema anew in every call, 70 us where the kernels' launches take 20.
 The kernel that it puts at the dispatcher's key "Autograd" is made here in the same way, so that
 autograd, torch.compile and activation checkpointing find the same thing.
+
+That kernel is Python between two passes through the dispatcher, 8 us a call. Eager calls with
+nothing but autograd in the first pass's way (`is_plain`) can begin with what it does.
 """
 
 from __future__ import annotations
@@ -12,13 +15,59 @@ from typing import Any
 
 import torch
 
+_PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
+# What the dispatcher looks for in every eager call. Modes, functorch, tracers and dispatchers in
+# Python add to it.
+_PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+_included_keys = torch._C._dispatch_tls_local_include_set
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded where autograd is
+_has_function_mode = torch._C._is_torch_function_mode_enabled
+_has_autocast = torch._C._is_any_autocast_enabled
+_unwrap = torch._C._functorch.unwrap_if_dead
+
+
+def is_plain(
+    name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: torch.Tensor
+) -> bool:
+    """Whether only autograd stands between a call of an operator in this thread and its kernel.
+
+    Not so where a mode, a transformation of functorch, a tracer, a subclass of tensors, or an
+    autocast rule for the operator would see the call, or where autograd would not.
+
+    Args:
+        name: the operator's, "hopper_attention::forward" say.
+        q: a tensor of the call's.
+        k: another.
+        v: another.
+        more: the others.
+    """
+    return (
+        type(q) in _PLAIN_TYPES
+        and type(k) in _PLAIN_TYPES
+        and type(v) in _PLAIN_TYPES
+        and (not more or all(type(x) in _PLAIN_TYPES for x in more))
+        and _included_keys() == _PLAIN_KEYS
+        and not _has_function_mode()
+        and not _is_excluded(_AUTOGRAD)
+        and not (_has_autocast() and _has_autocast_rule(name, q))
+    )
+
+
+def _has_autocast_rule(name: str, tensor: torch.Tensor) -> bool:
+    key = f"Autocast{tensor.device.type.upper()}"
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+
 
 def register(
     name: str,
     differentiate: Callable[..., tuple[Any, ...]],
     save: Callable[[Any, tuple[Any, ...], Any], None],
     library: torch.library.Library,
-) -> None:
+    forward: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Makes torch.ops.hopper_attention.<name> differentiable.
 
     Args:
@@ -28,6 +77,11 @@ def register(
         save: save(ctx, arguments, results), which keeps in ctx what that reads; arguments are all
             of the operator's, those that were left out as their defaults.
         library: where to register.
+        forward: the operator, of all its arguments, without gradients; None is the operator itself.
+
+    Returns:
+        What autograd makes of a call, for calls that are plain and want a gradient: it takes all of
+        the operator's arguments.
     """
     operator = getattr(torch.ops.hopper_attention, name).default
     # of those that the dispatcher leaves out, as they are what the schema says
@@ -59,3 +113,28 @@ def register(
 
     Formula.__name__ = f"{name}_formula"
     library.impl(name, autograd, "Autograd", with_keyset=True)
+    return _plain_formula(name, differentiate, save, forward or operator)
+
+
+def _plain_formula(
+    name: str, differentiate: Callable[..., Any], save: Callable[..., None], evaluate: Any
+) -> Callable[..., Any]:
+    class PlainFormula(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            results = evaluate(*arguments)
+            save(ctx, arguments, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            return differentiate(ctx, *gradients)
+
+    PlainFormula.__name__ = f"{name}_formula"
+    # Function.apply is this, behind what functorch and wrappers that outlived it need.
+    apply = super(torch.autograd.Function, PlainFormula).apply
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
+        return apply(_unwrap(q), _unwrap(k), _unwrap(v), *rest)
+
+    return attend

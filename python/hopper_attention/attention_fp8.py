@@ -122,7 +122,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     # The output and log-sum-exp are e4m3's. The P that the backward kernels make anew is not quite
     # theirs; a 16-bit forward pass for its own would take the time that this one saved.
     ops_backward.save(ctx, (q, k, v), output)
-    ctx.operator = ops_backward.backward
+    ctx.operator = ops_backward._backward
     ctx.scalars = (*rest[_NUM_RECIPE:-2], rest[-1])  # sm_margin is the forward pass's
 
 

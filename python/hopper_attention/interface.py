@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from . import checks, fp8, ops, ops_backward  # noqa: F401 (ops_backward: forward's gradient)
+from . import _autograd, checks, fp8, ops, ops_backward
 from .ops import Scalars
 
 
@@ -111,8 +111,13 @@ def flash_attn_func(
         checks.tensors(learnable_sink=learnable_sink)
     if in_fp8:
         return fp8.attention_of_e4m3(q, k, v, descales, learnable_sink, scalars, return_attn_probs)
-    if torch.compiler.is_compiling() or checks.needs_grad(q, k, v, learnable_sink):
+    if torch.compiler.is_compiling():
         out, lse = ops.operator(q, k, v, *scalars, learnable_sink, deterministic)
+    elif checks.needs_grad(q, k, v, learnable_sink):
+        more = () if learnable_sink is None else (learnable_sink,)
+        plain = _autograd.is_plain("hopper_attention::forward", q, k, v, *more)
+        attend = ops_backward.differentiable if plain else ops.operator
+        out, lse = attend(q, k, v, *scalars, learnable_sink, deterministic)
     elif learnable_sink is not None:
         out, lse = ops.forward(q, k, v, *scalars, learnable_sink)
     elif scalars[2:] == ops.DEFAULTS:

@@ -27,12 +27,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from . import _autograd, _library, checks, ops
+from . import _autograd, checks, ops
+from ._backward_calls import Gradients, Kind, launch, make_calls
 from ._layout import kernel_view
-
-Gradients = tuple[torch.Tensor, ...]  # dq, dk, dv, and dsink where there is a sink
-# softmax_scale, causal, window_left, window_right, softcap, deterministic
-Scalars = tuple[float, bool, int, int, float, bool]
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
 _SCHEMA = (
@@ -40,10 +37,14 @@ _SCHEMA = (
     "{}float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
     "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv{})"
 )
-# The second also gives the sink's gradient.
+# With a sink they also give its gradient. The plain ones are the others without a formula, whose
+# Python would take 3.5 us also where no second gradient is asked for.
+_SINK_SCHEMA = ("Tensor learnable_sink, ", ", Tensor dsink")
 _OPERATORS = {
     "backward": ("", ""),
-    "backward.sink": ("Tensor learnable_sink, ", ", Tensor dsink"),
+    "backward.sink": _SINK_SCHEMA,
+    "backward.plain": ("", ""),
+    "backward.plain_sink": _SINK_SCHEMA,
 }
 for _name, _sink in _OPERATORS.items():
     _library_fragment.define(_name + _SCHEMA.format(*_sink), tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,22 +53,13 @@ for _name, _sink in _OPERATORS.items():
 _SINK = 9  # its place among forward's arguments
 
 
-class Plan(NamedTuple):
-    """What is settled of a call; the rest are addresses.
-
-    Attributes:
-        run: enqueues the kernels: run(q, k, v, out, dout, lse, dlse, dq, dk, dv, workspace,
-            stream, sink, dsink), all integers; dlse, sink and dsink are 0 where there is none.
-        workspace: shape, strides and dtype of the workspace.
-        gradients: likewise of dq, dk and dv.
-    """
-
-    run: Callable[..., None]
-    workspace: ops.Layout
-    gradients: tuple[ops.Layout, ops.Layout, ops.Layout]
-
-
-_plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
+_DENSE = Kind(make_calls((), ("nothing", "nothing")), {}, "prepare_backward", kernel_view)
+_WITH_SINK = Kind(
+    make_calls(("learnable_sink",), ("learnable_sink", "dsink"), sink=True),
+    *({}, "prepare_backward", kernel_view),
+    sink=True,
+)
+_NUM_SCALARS = 6
 
 
 def _backward_cuda(
@@ -80,103 +72,20 @@ def _backward_cuda(
     lse: torch.Tensor,
     *rest: Any,
 ) -> Gradients:
-    device_index = q.get_device()
-    if device_index != ops._current_device():
+    kind = _DENSE if len(rest) == _NUM_SCALARS else _WITH_SINK
+    all_deterministic = torch.are_deterministic_algorithms_enabled()
+    again: Gradients | None = kind.calls.call(
+        all_deterministic, dout, dlse, q, k, v, out, lse, *rest
+    )
+    if again is not None:
+        return again
+    if q.get_device() != ops._current_device():
         with torch.cuda.device(q.device):
             return _backward_cuda(dout, dlse, q, k, v, out, lse, *rest)
     sink, scalars = _split(rest)
     dtype, dims = _check(dout, dlse, q, k, v, out, lse, scalars)
-    sink = None if sink is None else ops.sink_in_place(sink, q)
-    dsink = None if sink is None else ops._empty((dims[3],), (1,), torch.float32)
-    of_sink = (0, 0) if sink is None or dsink is None else (sink.data_ptr(), dsink.data_ptr())
-    tensors = (q, k, v, out, dout)
-    kind = Kind(_plans, "prepare_backward", kernel_view, dims[:1])
-    found = launch(kind, dtype, dims, tensors, lse, dlse, scalars, of_sink)
-    return found if dsink is None else (*found, dsink)
-
-
-class Kind(NamedTuple):
-    """What dense and packed batches have apart.
-
-    Attributes:
-        plans: where their plans are kept.
-        prepare: the library's function that makes a call.
-        view: `kernel_view`, or that of tensors without a batch dimension.
-        lead: the gradients' dimensions before rows, heads and columns: (batch,) or none.
-    """
-
-    plans: dict[tuple[Any, ...], Plan]
-    prepare: str
-    view: Callable[[torch.Tensor], tuple[torch.Tensor, tuple[int, ...]]]
-    lead: tuple[int, ...]
-
-
-def launch(
-    kind: Kind,
-    dtype: int,
-    dims: tuple[int, ...],
-    tensors: tuple[torch.Tensor, ...],
-    lse: torch.Tensor,
-    dlse: torch.Tensor | None,
-    scalars: Scalars,
-    more: tuple[int, ...],
-) -> Gradients:
-    """Allocates dq, dk and dv and enqueues the kernels on the current device.
-
-    Args:
-        kind: dense or packed.
-        dtype: the library's number of it.
-        dims: batch, rows of q, rows of k, heads, heads_kv, head_dim, head_dim_v.
-        tensors: q, k, v, out and dout, which passed the checks.
-        lse: the log-sum-exp.
-        dlse: its gradient, or None.
-        scalars: the operator's.
-        more: the addresses that the call takes behind the stream.
-
-    Returns:
-        dq, dk and dv.
-    """
-    deterministic = scalars[5] or torch.are_deterministic_algorithms_enabled()
-    # Named, as they must outlive the call: some may be copies.
-    views = [kind.view(x) for x in tensors]
-    lse = lse.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
-    key = (dtype, dims, tuple(strides for _, strides in views), scalars[:5], deterministic)
-    run, workspace_layout, layouts = kind.plans.get(key) or _make_plan(kind, key)
-    dq, dk, dv = ops._empty(*layouts[0]), ops._empty(*layouts[1]), ops._empty(*layouts[2])
-    workspace = ops._empty(*workspace_layout)
-    run(
-        *(x.data_ptr() for x, _ in views),
-        lse.data_ptr(),
-        0 if dlse is None else dlse.data_ptr(),
-        dq.data_ptr(),
-        dk.data_ptr(),
-        dv.data_ptr(),
-        workspace.data_ptr(),
-        ops._raw_stream(lse.get_device()),
-        *more,
-    )
-    return dq, dk, dv
-
-
-def _make_plan(kind: Kind, key: tuple[Any, ...]) -> Plan:
-    dtype, dims, strides, scalars, deterministic = key
-    _, rows_q, rows_k, heads, heads_kv, head_dim, head_dim_v = dims
-    torch_dtype = next(name for name, code in checks.DTYPE_CODES.items() if code == dtype)
-    gradients = (
-        ops._contiguous((*kind.lead, rows_q, heads, head_dim), torch_dtype),
-        ops._contiguous((*kind.lead, rows_k, heads_kv, head_dim), torch_dtype),
-        ops._contiguous((*kind.lead, rows_k, heads_kv, head_dim_v), torch_dtype),
-    )
-    run, workspace_bytes = getattr(_library.load(), kind.prepare)(
-        dtype,
-        *dims,
-        (*strides, *(strides[:-1] for _, strides, _ in gradients)),
-        *ops.library_scalars((*scalars, deterministic)),
-    )
-    plan = Plan(run, ops._contiguous((workspace_bytes,), torch.uint8), gradients)
-    ops.remember(kind.plans, key, plan)
-    return plan
+    more = () if sink is None else (ops.sink_in_place(sink, q),)
+    return launch(kind, dtype, dims, (q, k, v, out, dout), lse, dlse, more, scalars)
 
 
 def _backward_cpu(dout: torch.Tensor, dlse: Any, q: torch.Tensor, *_: Any) -> NoReturn:
@@ -276,13 +185,38 @@ def _check_tensor(
         raise ValueError(f"{name} must be on q's device, {q.device}, got {tensor.device}")
 
 
+class Operator(NamedTuple):
+    """A backward operator.
+
+    Attributes:
+        name: with its namespace.
+        default: the operator.
+        plain: the same without a formula of its own.
+    """
+
+    name: str
+    default: Callable[..., Gradients]
+    plain: Callable[..., Gradients]
+
+
+def operator_of(name: str, default: str = "default", plain: str = "plain") -> Operator:
+    """An operator by its name and its overloads'."""
+    overloads = getattr(torch.ops.hopper_attention, name)
+    without = getattr(overloads, plain)
+    return Operator(
+        f"hopper_attention::{name}", getattr(overloads, default), getattr(without, "_op", without)
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
-    q, k, v, *scalars, _, sink, deterministic = inputs
-    # The dispatcher leaves out what is as by default, so without a sink there may be no such place.
-    wanted = sink is not None and ctx.needs_input_grad[_SINK]
-    save(ctx, (q, k, v), output, (sink,) if wanted else ())
-    ctx.operator = backward_sink if wanted else backward
-    ctx.scalars = (*scalars, deterministic)
+    q, k, v, scale, causal, left, right, softcap, _, sink, deterministic = inputs
+    if sink is not None and ctx.needs_input_grad[_SINK]:
+        save(ctx, (q, k, v), output, (sink,))
+        ctx.operator = _backward_sink
+    else:
+        save(ctx, (q, k, v), output)
+        ctx.operator = _backward
+    ctx.scalars = (scale, causal, left, right, softcap, deterministic)
 
 
 def save(
@@ -307,7 +241,7 @@ def save(
 def gradients(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    """What ctx.operator gives, a backward operator, from what `save` kept and ctx.scalars.
+    """What ctx.operator, an `Operator`, gives from what `save` kept and ctx.scalars.
 
     None for dq, dk and dv where nothing depends on them.
     """
@@ -316,18 +250,20 @@ def gradients(
     saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
     dout = torch.zeros_like(saved[3]) if dout is None else dout
     arguments = (dout, dlse, *saved, *ctx.scalars)
-    operator: Callable[..., Gradients] = ctx.operator
+    operator: Operator = ctx.operator
     if torch.is_grad_enabled():  # create_graph=True; the operator's own formula says what is wrong
-        return operator(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():  # without a formula, 3.5 us
-        return operator(*arguments)
+        return operator.default(*arguments)
+    if not torch.compiler.is_compiling() and _autograd.is_plain(operator.name, dout, *saved[:3]):
+        return operator.plain(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.default(*arguments)
 
 
 def _differentiate(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     dq, dk, dv, *dsink = gradients(ctx, dout, dlse)
-    return dq, dk, dv, *(None,) * 6, dsink[0] if dsink else None, None
+    return dq, dk, dv, None, None, None, None, None, None, dsink[0] if dsink else None, None
 
 
 def differentiate_twice(ctx: Any, *gradients: Any) -> NoReturn:
@@ -342,10 +278,16 @@ for _name in _OPERATORS:
     _library_fragment.impl(_name, _backward_cuda, "CUDA")
     _library_fragment.impl(_name, _backward_cpu, "CPU")
     torch.library.register_fake(f"hopper_attention::{_name}", _backward_fake, lib=_library_fragment)
-    torch.library.register_autograd(
-        f"hopper_attention::{_name}", differentiate_twice, lib=_library_fragment
-    )
-_autograd.register("forward", _differentiate, _save, _library_fragment)
+    if "plain" not in _name:
+        torch.library.register_autograd(
+            f"hopper_attention::{_name}", differentiate_twice, lib=_library_fragment
+        )
 
-backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward.default
-backward_sink: Callable[..., Gradients] = torch.ops.hopper_attention.backward.sink
+_backward = operator_of("backward")
+_backward_sink = operator_of("backward", "sink", "plain_sink")
+backward: Callable[..., Gradients] = _backward.default
+backward_sink: Callable[..., Gradients] = _backward_sink.default
+# Calls of the forward operator that want a gradient and are plain; see `_autograd.register`.
+differentiable: Callable[..., ops.Outputs] = _autograd.register(
+    "forward", _differentiate, _save, _library_fragment, ops.without_gradient
+)

@@ -12,25 +12,25 @@ from typing import Any, NoReturn
 
 import torch
 
-from . import _autograd, checks, checks_varlen, ops, ops_backward
-from . import ops_varlen as _defines_forward_varlen  # noqa: F401
+from . import _autograd, checks, checks_varlen, ops, ops_backward, ops_varlen
+from ._backward_calls import Gradients, Kind, launch, make_calls
 from ._layout import packed_view
 from .checks_varlen import Lengths
-from .ops_backward import Gradients, Kind, Plan, launch
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
-_library_fragment.define(
-    "backward_varlen(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+_SCHEMA = (
+    "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     "Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "float softmax_scale, bool causal, int window_left, int window_right, float softcap, "
-    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "bool deterministic) -> (Tensor dq, Tensor dk, Tensor dv)"
 )
+_OPERATORS = ("backward_varlen", "backward_varlen.plain")  # as in ops_backward.py
+for _name in _OPERATORS:
+    _library_fragment.define(_name + _SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
 
-# Plans take other addresses than the dense ones: run(q, k, v, out, dout, lse, dlse, dq, dk, dv,
-# workspace, stream, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), where dlse and what is
-# used are 0 if there is none.
-_plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
+_PACKED = Kind(
+    make_calls(Lengths._fields, Lengths._fields), {}, "prepare_varlen_backward", packed_view, True
+)
 
 
 def _backward_cuda(
@@ -47,16 +47,18 @@ def _backward_cuda(
     seqused_k: torch.Tensor | None,
     *scalars: Any,
 ) -> Gradients:
-    device_index = q.get_device()
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
-    if device_index != ops._current_device():
+    all_deterministic = torch.are_deterministic_algorithms_enabled()
+    arguments = (dout, dlse, q, k, v, out, lse, *lengths, *scalars)
+    again: Gradients | None = _PACKED.calls.call(all_deterministic, *arguments)
+    if again is not None:
+        return again
+    if q.get_device() != ops._current_device():
         with torch.cuda.device(q.device):
-            return _backward_cuda(dout, dlse, q, k, v, out, lse, *lengths, *scalars)
+            return _backward_cuda(*arguments)
     dtype, dims = checks_varlen.request(q, k, v, lengths, (*scalars[:5], 0))
     ops_backward.check_results(dout, dlse, q, out, lse, (dims[1], dims[3], dims[6]))
-    addresses = tuple(0 if x is None else x.data_ptr() for x in lengths)
-    kind = Kind(_plans, "prepare_varlen_backward", packed_view, ())
-    return launch(kind, dtype, dims, (q, k, v, out, dout), lse, dlse, scalars, addresses)
+    return launch(_PACKED, dtype, dims, (q, k, v, out, dout), lse, dlse, lengths, scalars)
 
 
 def _backward_cpu(dout: torch.Tensor, dlse: Any, q: torch.Tensor, *_: Any) -> NoReturn:
@@ -93,7 +95,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: ops.Outputs) -> None:
     q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, *scalars, _, deterministic = inputs
     lengths = (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)  # None where there is none
     ops_backward.save(ctx, (q, k, v), output, lengths)
-    ctx.operator = backward
+    ctx.operator = _backward
     ctx.scalars = (*scalars, deterministic)
 
 
@@ -104,14 +106,17 @@ def _differentiate(
     return *ops_backward.gradients(ctx, dout, dlse), *nothing
 
 
-_library_fragment.impl("backward_varlen", _backward_cuda, "CUDA")
-_library_fragment.impl("backward_varlen", _backward_cpu, "CPU")
-torch.library.register_fake(
-    "hopper_attention::backward_varlen", _backward_fake, lib=_library_fragment
-)
+for _name in _OPERATORS:
+    _library_fragment.impl(_name, _backward_cuda, "CUDA")
+    _library_fragment.impl(_name, _backward_cpu, "CPU")
+    torch.library.register_fake(f"hopper_attention::{_name}", _backward_fake, lib=_library_fragment)
 torch.library.register_autograd(
     "hopper_attention::backward_varlen", ops_backward.differentiate_twice, lib=_library_fragment
 )
-_autograd.register("forward_varlen", _differentiate, _save, _library_fragment)
 
-backward: Callable[..., Gradients] = torch.ops.hopper_attention.backward_varlen.default
+_backward = ops_backward.operator_of("backward_varlen")
+backward: Callable[..., Gradients] = _backward.default
+# As ops_backward.py's.
+differentiable: Callable[..., ops.Outputs] = _autograd.register(
+    "forward_varlen", _differentiate, _save, _library_fragment, ops_varlen.without_gradient
+)

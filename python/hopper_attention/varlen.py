@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import checks, checks_varlen, ops, ops_varlen, ops_varlen_backward  # noqa: F401 (gradient)
+from . import _autograd, checks, checks_varlen, ops, ops_varlen, ops_varlen_backward
 from .interface import normalise
 
 
@@ -110,8 +110,13 @@ def flash_attn_varlen_func(
     )
     if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
-    if torch.compiler.is_compiling() or checks.needs_grad(q, k, v):
+    if torch.compiler.is_compiling():
         out, lse = ops_varlen.operator(q, k, v, *lengths, *scalars, deterministic)
+    elif checks.needs_grad(q, k, v):
+        given = [x for x in lengths if x is not None]
+        plain = _autograd.is_plain("hopper_attention::forward_varlen", q, k, v, *given)
+        attend = ops_varlen_backward.differentiable if plain else ops_varlen.operator
+        out, lse = attend(q, k, v, *lengths, *scalars, deterministic)
     elif scalars[2:] == ops.DEFAULTS:
         out, lse = ops_varlen.forward(q, k, v, *lengths, *scalars[:2])
     else:

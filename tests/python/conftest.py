@@ -52,6 +52,9 @@ class FakeLibrary:
     def workspace_bytes(self):
         return 64
 
+    def call_table(self, *memory):
+        """None, as where PyTorch cannot show the library its tensors."""
+
     def prepare_backward(self, dtype, *arguments):
         call = dict(zip([*SIZES, "strides", *SCALARS], arguments, strict=True))
         self.prepared.append(call | {"dtype": dtype})
@@ -94,7 +97,8 @@ def gradient_library(monkeypatch):
     workspace = torch.zeros(64, dtype=torch.uint8)
     monkeypatch.setattr(_library, "_module", fake)
     monkeypatch.setattr(ops, "_plans", {})
-    monkeypatch.setattr(ops_backward, "_plans", {})
+    for kind in ("_DENSE", "_WITH_SINK"):
+        monkeypatch.setattr(ops_backward, kind, getattr(ops_backward, kind)._replace(plans={}))
     monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
@@ -107,6 +111,8 @@ def gradient_library(monkeypatch):
             ("forward.inference", ops._forward_cuda),
             ("backward", ops_backward._backward_cuda),
             ("backward.sink", ops_backward._backward_cuda),
+            ("backward.plain", ops_backward._backward_cuda),
+            ("backward.plain_sink", ops_backward._backward_cuda),
             ("attention_fp8", attention_fp8._attention),
         ):
             implementations.impl(name, function, "CPU", allow_override=True)

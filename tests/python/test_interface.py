@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hopper_attention
-from hopper_attention import _library, interface, ops
+from hopper_attention import _library, interface, ops, ops_backward
 from hopper_attention import flash_attn_func as attend
 from hopper_attention import flash_attn_qkvpacked_func as attend_packed
 
@@ -45,6 +45,7 @@ def operator(monkeypatch):
     recorder = Operator()
     monkeypatch.setattr(ops, "forward", recorder)
     monkeypatch.setattr(ops, "operator", recorder)  # with gradients
+    monkeypatch.setattr(ops_backward, "differentiable", recorder)  # the same, past the dispatcher
     return recorder
 
 

@@ -69,6 +69,9 @@ class FakeLibrary:
         self.calls = []
         self.asked = []
 
+    def call_table(self, *memory):
+        """None, as where PyTorch cannot show the library its tensors."""
+
     def prepare_varlen(self, dtype, *arguments):
         prepared = dict(zip([*SIZES, *STRIDES, *SCALARS], arguments, strict=True))
         self.asked.append(prepared | {"dtype": dtype})
@@ -125,7 +128,8 @@ def install_library(monkeypatch):
     monkeypatch.setattr(_library, "_module", fake)
     monkeypatch.setattr(ops_varlen, "forward", ops_varlen._forward_cuda)
     monkeypatch.setattr(ops_varlen, "_plans", {})
-    monkeypatch.setattr(ops_varlen_backward, "_plans", {})
+    packed = ops_varlen_backward._PACKED._replace(plans={})
+    monkeypatch.setattr(ops_varlen_backward, "_PACKED", packed)
     monkeypatch.setattr(ops, "_empty", torch._C._dynamo.guards._empty_strided_cpu)
     monkeypatch.setattr(ops, "_current_device", lambda: -1)  # get_device() of a CPU tensor
     monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
@@ -140,6 +144,7 @@ def operators_on_the_cpu():
         "forward_varlen": ops_varlen._forward_cuda,
         "forward_varlen.inference": ops_varlen._forward_cuda,
         "backward_varlen": ops_varlen_backward._backward_cuda,
+        "backward_varlen.plain": ops_varlen_backward._backward_cuda,
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that others are overridden

@@ -1,0 +1,376 @@
+"""Calls made again by the compiled module (bindings_calls.cpp), which is compiled here by itself.
+
+Its tables read the CPU's tensors through PyTorch's exchange interface as they read a GPU's.
+"""
+
+import copy
+import ctypes
+import gc
+import importlib.util
+import shutil
+import subprocess
+import sysconfig
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_backward import assert_differentiates
+from test_backward import random_qkv as dense_qkv
+from test_varlen_backward import random_qkv as packed_qkv
+from varlen_library import CU_K, CU_Q, operators_on_the_cpu
+from varlen_library import install_library as install_varlen_library
+
+import hopper_attention
+from hopper_attention import _calls, _library, ops, ops_backward, ops_varlen, ops_varlen_backward
+
+ROOT = Path(__file__).parents[2]
+HEADER = Path(sysconfig.get_path("include"), "Python.h")
+EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+LAYOUT = ((2, 3), (3, 1), torch.float32)
+STREAM = 4711  # that of the libraries that stand in
+
+pytestmark = [
+    pytest.mark.skipif(EXCHANGE is None, reason="PyTorch has no exchange interface before 2.10"),
+    pytest.mark.skipif(
+        shutil.which("g++") is None or not HEADER.exists(), reason="needs g++ and Python's headers"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory):
+    path = (
+        tmp_path_factory.mktemp("calls") / f"calls_module{sysconfig.get_config_var('EXT_SUFFIX')}"
+    )
+    sources = ROOT / "python/bindings_calls.cpp", ROOT / "tests/python/calls_module.cpp"
+    include = f"-I{ROOT / 'python'}", f"-I{HEADER.parent}"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+    subprocess.run(["g++", *flags, *include, *sources, "-o", path], check=True)
+    spec = importlib.util.spec_from_file_location("calls_module", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class Memory:
+    """A table, what it allocated, and the addresses of the calls that it made."""
+
+    def __init__(self, module):
+        self.device = 0  # the CPU's index, as DLPack has it
+        self.asked, self.outputs, self.addresses = [], [], []
+        self.workspaces = torch.zeros(4, 64)
+        self.call, self._remember = module.call_table(
+            EXCHANGE, self.empty, lambda: self.device, self.workspace
+        )
+        self.prepared = module.prepared
+
+    def empty(self, shape, strides, dtype):
+        self.outputs.append(torch.empty_strided(shape, strides, dtype=dtype))
+        return self.outputs[-1]
+
+    def workspace(self, device, stream):
+        self.asked.append((device, stream))
+        return self.workspaces[len(self.asked)]
+
+    def run(self, *addresses):
+        self.addresses.append(addresses)
+
+    def remember(self, arguments, outputs=(LAYOUT,), num_results=1, order=(0,), run=None):
+        run = self.prepared(run or self.run, len(order))
+        self._remember(arguments, run, outputs, num_results, order)
+
+
+@pytest.fixture
+def memory(module):
+    return Memory(module)
+
+
+def test_a_remembered_call_is_made_with_the_tensors_at_hand(memory):
+    x, y = torch.zeros(4, 5), torch.zeros(3)
+    assert memory.call(x, y, None, 0.5) is None
+    # behind the arguments, 0 to 3: outputs 4 and 5, stream, workspace, nothing
+    order = (1, 0, 4, 5, 6, 7, 8, 2, 3)
+    memory.remember((x, y, None, 0.5), (LAYOUT, ((5,), (1,), torch.uint8)), 1, order)
+    assert memory.addresses == memory.outputs == []
+    for count in (1, 2):
+        x, y = torch.zeros(4, 5), torch.zeros(3)
+        (result,) = memory.call(x, y, None, 0.5)
+        out, scratch = memory.outputs[-2:]
+        assert result is out
+        assert (out.shape, out.stride(), out.dtype) == LAYOUT
+        assert (scratch.shape, scratch.dtype) == ((5,), torch.uint8)
+        tensors = (y, x, out, scratch, memory.workspaces[1])
+        a, b, c, d, shared = (tensor.data_ptr() for tensor in tensors)
+        assert memory.addresses[-1] == (a, b, c, d, 0, shared, 0, 0, 0)
+        assert len(memory.addresses) == count
+    assert memory.asked == [(0, 0)]  # the default stream's workspace stays
+
+
+BASE = (torch.zeros(4, 6, 8, dtype=torch.bfloat16), None, 0.5, True, 3)
+
+
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (0, torch.zeros(4, 6, 8, dtype=torch.float16)),
+        (0, torch.zeros(4, 6, 8, dtype=torch.int16)),
+        (0, torch.zeros(4, 6, 8)),
+        (0, torch.zeros(4, 7, 8, dtype=torch.bfloat16)),
+        (0, torch.zeros(1, 4, 6, 8, dtype=torch.bfloat16)),
+        (0, torch.zeros(4, 8, 6, dtype=torch.bfloat16).mT),
+        (0, torch.zeros(4, 6, 16, dtype=torch.bfloat16)[..., :8]),
+        (0, torch.zeros(193, dtype=torch.bfloat16)[1:].view(4, 6, 8)),  # at an odd address
+        (0, None),
+        (1, torch.zeros(3)),
+        (1, False),
+        (2, 0.25),
+        (2, -0.5),
+        (2, 1),
+        (3, False),
+        (3, 1),
+        (4, 4),
+        (4, 3.0),
+        (4, 2**70),
+        (4, "3"),
+        (4, torch.float32),
+    ],
+)
+def test_what_looks_otherwise_is_another_call(memory, place, value):
+    memory.remember(BASE)
+    assert memory.call(*BASE) is not None
+    assert memory.call(*BASE[:place], value, *BASE[place + 1 :]) is None
+    assert memory.call(*BASE[:-1]) is None
+    assert memory.call(*BASE, 3) is None
+    assert memory.call() is None
+    assert len(memory.addresses) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_each_call_has_its_own_outputs(module, data):
+    memory = Memory(module)
+    sizes = st.lists(st.integers(1, 3), min_size=1, max_size=3)
+    looks = st.tuples(sizes, sizes, st.integers(-1, 1))
+    known = {}
+    for number, (first, second, scalar) in enumerate(data.draw(st.lists(looks, max_size=12))):
+        arguments = (torch.zeros(first), torch.zeros(second), scalar)
+        seen = tuple(first), tuple(second), scalar
+        found = memory.call(*arguments)
+        assert (found is not None) == (seen in known)
+        if found is None:
+            known[seen] = number + 1
+            memory.remember(arguments, (((number + 1,), (1,), torch.uint8),))
+        else:
+            assert found[0].shape == (known[seen],)
+
+
+def test_another_device_is_current(memory):
+    memory.remember(BASE)
+    memory.device = 1
+    assert memory.call(*BASE) is None
+    assert memory.outputs == []
+
+
+@pytest.mark.parametrize("name", ["run", "empty", "current_device", "workspace"])
+def test_errors_arrive(memory, module, name):
+    def fail(*_):
+        raise MemoryError(f"{name} has none")
+
+    functions = {"empty": memory.empty, "current_device": lambda: 0, "workspace": memory.workspace}
+    if name in functions:
+        functions[name] = fail
+    call, remember = module.call_table(EXCHANGE, *functions.values())
+    run = module.prepared(fail if name == "run" else memory.run, 1)
+    shared_workspace = len(BASE) + 2  # behind the output and the stream
+    remember(BASE, run, (LAYOUT,), 1, (shared_workspace,))
+    for _ in range(2):
+        with pytest.raises(MemoryError, match=f"{name} has none"):
+            call(*BASE)
+    assert memory.addresses == []
+
+
+def test_what_cannot_be_remembered_is_refused(memory):
+    with pytest.raises(ValueError, match="run must be a prepared call"):
+        memory._remember(BASE, memory.run, (LAYOUT,), 1, (0,))
+    with pytest.raises(ValueError, match="too many arguments"):
+        memory.remember((None,) * 25)
+    with pytest.raises(ValueError, match=r"too many .* results"):
+        memory.remember(BASE, num_results=2)
+    with pytest.raises(ValueError, match="an output must be"):
+        memory.remember(BASE, outputs=((3, 4),))
+    for place in (-2, len(BASE) + 4):
+        with pytest.raises(ValueError, match="order has a place that is none"):
+            memory.remember(BASE, order=(place,))
+    with pytest.raises(ValueError, match="order must have a place for each address"):
+        memory._remember(BASE, memory.prepared(memory.run, 2), (LAYOUT,), 1, (0,))
+    assert memory.call(*BASE) is None
+
+
+def test_tables_keep_no_tensor(memory):
+    q = torch.zeros(4, 5)
+    memory.remember((q, 1))
+    (out,) = memory.call(q, 1)
+    memory.outputs.clear()
+    kept = [weakref.ref(q), weakref.ref(out)]
+    del q, out
+    gc.collect()
+    assert [x() for x in kept] == [None, None]
+
+
+def test_tables_are_bounded(memory):
+    q = torch.zeros(4)
+    for number in range(4097):
+        memory.remember((q, number))
+    assert memory.call(q, 0) is None  # all began anew
+    assert memory.call(q, 4096) is not None
+
+
+def test_an_exchange_interface_of_another_version(module):
+    new = ctypes.pythonapi.PyCapsule_New
+    new.argtypes, new.restype = (
+        (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+        ctypes.py_object,
+    )
+    name, version = b"dlpack_exchange_api", (ctypes.c_uint32 * 32)(2, 0)
+    capsule = new(ctypes.addressof(version), name, None)
+    assert module.call_table(capsule, *[len] * 3) is None
+    with pytest.raises(TypeError, match="4 arguments"):
+        module.call_table(EXCHANGE)
+
+
+def emptied(table):
+    """The table without calls, for tensors of the CPU."""
+    table = copy.copy(table)
+    table.call, table._remember = _calls._unknown, None
+    table._memory = lambda: (ops._empty, lambda: 0, ops._workspace)
+    return table
+
+
+def prepare_compiled(monkeypatch, module, fake, name):
+    """Has a library that stands in prepare calls as the compiled one does."""
+    prepare = getattr(fake, name)
+
+    def prepared(*arguments):
+        run = prepare(*arguments)
+        run, *rest = run if isinstance(run, tuple) else (run,)
+        made = module.prepared(lambda *addresses: run(*at_stream(addresses)), len(order(name)))
+        return (made, *rest) if rest else made
+
+    def at_stream(addresses):
+        stream = order(name).index("stream")
+        return (*addresses[:stream], STREAM, *addresses[stream + 1 :])
+
+    monkeypatch.setattr(fake, name, prepared)
+    monkeypatch.setattr(fake, "call_table", module.call_table)
+
+
+def order(name):
+    statistics = ("dlse", "dq", "dk", "dv", "workspace", "stream")
+    backward = ("q", "k", "v", "out", "dout", "lse", *statistics)
+    return {
+        "prepare": (*"qkv", "out", "lse", "workspace", "stream", "sink"),
+        "prepare_backward": (*backward, "sink", "dsink"),
+        "prepare_varlen": (*"qkv", *[""] * 4, "out", "lse", "workspace", "stream"),
+        "prepare_varlen_backward": (*backward, *[""] * 4),
+    }[name]
+
+
+@pytest.fixture
+def dense(monkeypatch, module, gradient_library):
+    monkeypatch.setattr(ops, "_calls", emptied(ops._calls))
+    for kind in ("_DENSE", "_WITH_SINK"):
+        of_kind = getattr(ops_backward, kind)
+        monkeypatch.setattr(ops_backward, kind, of_kind._replace(calls=emptied(of_kind.calls)))
+    for name in ("prepare", "prepare_backward"):
+        prepare_compiled(monkeypatch, module, gradient_library, name)
+    # In Python the stream is this one.
+    monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
+    return gradient_library
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"causal": True}, {"window_size": (5, 2), "softcap": 1.5}],
+)
+@pytest.mark.parametrize("use_lse", [False, True])
+def test_both_passes_again(dense, monkeypatch, arguments, use_lse):
+    for again in range(3):
+        assert_differentiates(dense_qkv(), use_lse, **arguments)
+        if not again:
+            # Nothing derives a call once more.
+            monkeypatch.setattr(ops, "_plans", None)
+            monkeypatch.setattr(ops_backward, "launch", None)
+    assert len(dense.calls) == 3
+    assert len(dense.prepared) == 1
+
+
+def test_a_sink_again(dense, monkeypatch):
+    sink = torch.randn(4).requires_grad_()
+    found = []
+    inputs = dense_qkv()
+    for again in range(2):
+        out = hopper_attention.flash_attn_func(*inputs, learnable_sink=sink)
+        found.append(torch.autograd.grad(out, (*inputs, sink), torch.ones_like(out)))
+        if not again:
+            monkeypatch.setattr(ops_backward, "launch", None)
+    assert [call["dsink"] != 0 for call in dense.calls] == [True, True]
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+def test_deterministic_algorithms_are_another_call(dense):
+    q, k, v = dense_qkv()
+    for wanted in (False, True, False, True):
+        torch.use_deterministic_algorithms(wanted)
+        try:
+            out = hopper_attention.flash_attn_func(q, k, v)
+            out.backward(torch.ones_like(out))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert [call["deterministic"] for call in dense.calls] == [False, True, False, True]
+
+
+def test_what_must_be_copied_is_copied_each_time(dense):
+    inputs = dense_qkv()
+    expected = None
+    for _ in range(2):
+        out = hopper_attention.flash_attn_func(*inputs)
+        one = torch.ones_like(out)
+        odd = torch.ones(out.numel() + 1, dtype=out.dtype)[1:].view(out.shape)
+        for dout in (one, odd, one[:, :, :1, :1].expand(out.shape), one.mT.contiguous().mT):
+            found = torch.autograd.grad(out, inputs, dout, retain_graph=True)
+            expected = expected or found
+            assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_packed_batches_again(module):
+    with pytest.MonkeyPatch.context() as patch, operators_on_the_cpu():
+        fake = install_varlen_library(patch)
+        patch.setattr(ops_varlen, "forward", ops_varlen._inference)
+        patch.setattr(ops_varlen, "_calls", emptied(ops_varlen._calls))
+        kind = ops_varlen_backward._PACKED
+        patch.setattr(ops_varlen_backward, "_PACKED", kind._replace(calls=emptied(kind.calls)))
+        for name in ("prepare_varlen", "prepare_varlen_backward"):
+            prepare_compiled(patch, module, fake, name)
+        inputs = [x.detach().requires_grad_() for x in packed_qkv()]
+        found = []
+        for again in range(2):
+            out = hopper_attention.flash_attn_varlen_func(*inputs, CU_Q, CU_K, 5, 6, causal=True)
+            found.append((out, *torch.autograd.grad(out, inputs, torch.ones_like(out))))
+            if not again:
+                patch.setattr(ops_varlen, "_plans", None)
+                patch.setattr(ops_varlen_backward, "launch", None)
+        assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+        assert len(fake.calls) == 4
+        assert len(fake.asked) == 2
+
+
+def test_where_pytorch_has_no_exchange_interface(monkeypatch):
+    monkeypatch.setattr(_calls, "_exchange", None)
+    monkeypatch.setattr(_library, "_module", type("Library", (), {"call_table": None}))
+    table = emptied(ops._calls)
+    for _ in range(2):
+        table.remember(BASE, len, (LAYOUT,), 1)
+        assert table.call(*BASE) is None
