@@ -119,7 +119,7 @@ def register(
 def _plain_formula(
     name: str, differentiate: Callable[..., Any], save: Callable[..., None], evaluate: Any
 ) -> Callable[..., Any]:
-    class PlainFormula(torch.autograd.Function):
+    class Formula(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *arguments: Any) -> Any:
             results = evaluate(*arguments)
@@ -130,9 +130,9 @@ def _plain_formula(
         def backward(ctx: Any, *gradients: Any) -> Any:
             return differentiate(ctx, *gradients)
 
-    PlainFormula.__name__ = f"{name}_formula"
+    Formula.__name__ = f"{name}_formula"
     # Function.apply is this, behind what functorch and wrappers that outlived it need.
-    apply = super(torch.autograd.Function, PlainFormula).apply
+    apply = super(torch.autograd.Function, Formula).apply
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Any:
         return apply(_unwrap(q), _unwrap(k), _unwrap(v), *rest)
