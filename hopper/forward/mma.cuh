@@ -97,8 +97,9 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
                                : plain_blocks(mask, first_row, row_end, Traits::kTileN);
 
   auto wait_k = [&] { barriers.k_full[k_ring.stage].wait(k_ring.phase); };
-  auto score = [&] {
-    turns.wait();
+  constexpr bool kFreeFirst = Traits::kConfig.free_first;
+  auto score = [&](bool turn) {
+    if (turn) turns.wait();
     issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, k_ring.stage), rS);
   };
   auto release_k = [&](bool always) {
@@ -113,11 +114,13 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     arrive_warp(barriers.v_empty[v_ring.stage]);
     v_ring.advance();
   };
-  auto skip = [&](int count) {  // blocks that only other consumers need
-    for (; count > 0; --count) {
+  auto skip = [&](int n_block, int begin) {  // blocks that only other consumers need, down to begin
+    for (; n_block >= begin; --n_block) {
       wait_k();
-      turns.wait();
-      turns.pass();
+      if (!kFreeFirst || takes_turn(blocks, own, n_block)) {
+        turns.wait();
+        turns.pass();
+      }
       release_k(true);
       barriers.v_full[v_ring.stage].wait(v_ring.phase);
       release_v();
@@ -147,7 +150,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   // is masked or transformed, as holds for all but a few; a body of its own spares it the branches.
   auto step = [&](int n_block, auto kPlain) {
     if constexpr (kSchedule != Schedule::kBetweenRows) wait_k();
-    score();
+    score(true);
     if constexpr (Traits::kConfig.late_rescale) rescale();
     add_values();
     turns.pass();
@@ -199,14 +202,14 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
 
   barriers.q_full[consumer].wait(q_phase);
   clear(rO);
-  skip(blocks.end - own.end);
+  skip(blocks.end - 1, own.end);  // all of them where own is empty: it ends where blocks begins
   if (own.empty()) {
     release_q();
     return;
   }
   wait_k();
-  score();
-  turns.pass();
+  score(!kFreeFirst);
+  if constexpr (!kFreeFirst) turns.pass();
   warpgroup_wait<0>();
   release_k(true);
   if (own.end > plain.end) prepare_scores(own.end - 1);
@@ -238,7 +241,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   warpgroup_wait<0>();
   warpgroup_fence_operand(rO);
   release_v();
-  skip(own.begin - blocks.begin);
+  skip(own.begin - 1, blocks.begin);
 }
 
 }  // namespace hopper_attention

@@ -30,6 +30,14 @@ HOPPER_ATTENTION_HD constexpr BlockRange plain_blocks(const Mask& mask, int row_
   return blocks.empty() ? BlockRange{0, 0} : blocks;
 }
 
+// Whether a consumer takes a turn at key block n_block of a tile's `blocks`, where its first
+// product of a tile needs none (ForwardConfig::free_first). own: the blocks that its rows see,
+// maybe none. A block that it skips takes one like any other, so that each consumer takes one less
+// than `blocks` has: turns go round, and one consumer's too many is a hang.
+HOPPER_ATTENTION_HD constexpr bool takes_turn(BlockRange blocks, BlockRange own, int n_block) {
+  return n_block != (own.empty() ? blocks.end : own.end) - 1;
+}
+
 // Query blocks of tile_m rows with a row that sees any key in [key_begin, key_end).
 HOPPER_ATTENTION_HD constexpr BlockRange query_blocks(const Mask& mask, int key_begin, int key_end,
                                                       int tile_m) {

@@ -150,7 +150,8 @@ constexpr const char* config_error(const ForwardConfig& config) {
   const bool fp8_choice =
       config.v_parts != 1 || !config.overlap_products || config.exp2_by_fma != 0;
   if (!fp8 && fp8_choice) return "a choice of e4m3 alone";
-  if (fp8 && (config.late_rescale || config.mask_by_bits || config.alpha_first))
+  if (fp8 &&
+      (config.late_rescale || config.mask_by_bits || config.alpha_first || config.free_first))
     return "a choice of 16 bits alone";
   if (config.exp2_by_fma < 0 || config.exp2_by_fma > config.tile_n / 4)
     return "exp2_by_fma: 0 to the exponentials of a row in a thread";

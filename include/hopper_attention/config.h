@@ -33,6 +33,7 @@ struct ForwardConfig {
   bool late_rescale = false;  // rescale O under the next block's Q K^T instead of before it
   bool mask_by_bits = false;  // a row's seen keys as bits of a word: shorter code at a mask's edges
   bool alpha_first = false;   // O's factor ahead of the exponentials, to rescale O under them
+  bool free_first = false;    // with turns: a tile's first product of a consumer waits for none
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
@@ -120,7 +121,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
-  //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits}
+  //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits, alpha first,
+  //  first block without a turn}
   switch (key.head_dim) {
     case 64:
       if (key.mask == MaskKind::kShort) {
@@ -146,7 +148,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "widest that fits: S 88, P 44, O 64 registers and 208 KiB", true, 1, false,
                         0, true}
         : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
-                        "square tiles waste least on the diagonal", true, 1, false, 0, false, true};
+                        "square tiles waste least on the diagonal; a turn at a tile's first block "
+                        "costs 1 to 3%", true, 1, false, 0, false, true, false, !packed};
     case 192:
       if (key.head_dim_v == 128) {
         return full

@@ -109,6 +109,19 @@ void shared_memory_holds_every_tensor_and_barrier() {
   }
 }
 
+// Tuning offers every field to every row; what a kernel does not heed must be refused.
+void choices_of_the_16_bit_kernel_are_refused_in_fp8() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    for (bool ForwardConfig::* choice : {&ForwardConfig::late_rescale, &ForwardConfig::mask_by_bits,
+                                         &ForwardConfig::alpha_first, &ForwardConfig::free_first}) {
+      ForwardConfig config = make_forward_config(row.key);
+      config.*choice = true;
+      CHECK((config_error(config) == nullptr) == !is_fp8(row.key.dtype));
+    }
+  }
+}
+
 // The pair with the fewest columns among those that hold the request.
 HeadDims smallest_by_search(Dtype dtype, int head_dim, int head_dim_v) {
   HeadDims best{0, 0};
@@ -140,6 +153,7 @@ int main() {
   there_is_one_row_for_each_head_dim_dtype_and_mask();
   registers_stay_within_the_file_before_and_after_the_split();
   shared_memory_holds_every_tensor_and_barrier();
+  choices_of_the_16_bit_kernel_are_refused_in_fp8();
   a_request_runs_in_the_smallest_head_dims_that_hold_it();
   return check::result();
 }

@@ -44,7 +44,7 @@ def test_rows_are_those_of_instances_def(rules):
         assert row.mask in ("full", "masked", "packed", "short")
         if row.mask == "packed":  # which is tuned by way of the other
             alike = rules.instances[row.name.replace("packed", "masked")].chosen
-            own = {name: alike[name] for name in ("schedule", "ping_pong")}
+            own = {name: alike[name] for name in ("schedule", "ping_pong", "free_first")}
             assert row.chosen | own == alike
         assert f"d{row.head_dim}" in row.name
         (cost,) = rules.costs(row, [row.chosen])
