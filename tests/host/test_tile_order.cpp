@@ -29,12 +29,18 @@ void every_tile_comes_once(const TileOrder& order) {
   CHECK(static_cast<int>(seen.size()) == order.num_m_blocks * order.heads * order.batch);
 }
 
+// All groups but the first one have order.group pairs.
+int group_of(const TileOrder& order, const WorkTile& tile) {
+  const int missing = order.first_group > 0 ? order.group - order.first_group : 0;
+  return (tile.batch * order.heads + tile.head + missing) / order.group;
+}
+
 // With a mask, later query blocks see more keys. A group ends before the next one begins.
 void groups_come_whole_and_longest_first(const TileOrder& order) {
   const std::vector<WorkTile> tiles = walk(order);
   for (std::size_t i = 1; i < tiles.size(); ++i) {
-    const int before = (tiles[i - 1].batch * order.heads + tiles[i - 1].head) / order.group;
-    const int now = (tiles[i].batch * order.heads + tiles[i].head) / order.group;
+    const int before = group_of(order, tiles[i - 1]);
+    const int now = group_of(order, tiles[i]);
     CHECK(now >= before);
     if (now == before) CHECK(tiles[i].m_block <= tiles[i - 1].m_block);
   }
@@ -60,10 +66,11 @@ void orders_by_brute_force() {
           check::context = std::to_string(m_blocks) + " blocks, " + std::to_string(heads) +
                            " heads, batch " + std::to_string(batch) + ", groups of " +
                            std::to_string(group);
-          const TileOrder longest_first{m_blocks, heads, batch, group, true};
+          const int first_group = heads * batch % group;
+          const TileOrder longest_first{m_blocks, heads, batch, group, first_group, true};
           every_tile_comes_once(longest_first);
           groups_come_whole_and_longest_first(longest_first);
-          const TileOrder in_turn{m_blocks, heads, batch, group, false};
+          const TileOrder in_turn{m_blocks, heads, batch, group, first_group, false};
           every_tile_comes_once(in_turn);
           blocks_of_a_head_follow_one_another(in_turn);
         }
@@ -83,6 +90,7 @@ void groups_are_few_about_equal_and_fit_in_l2() {
         CHECK(order.num_m_blocks == (seqlen + 127) / 128);
         CHECK(order.group >= 1 && order.group <= heads * 2);
         CHECK(order.group % heads_per_kv == 0);
+        CHECK(order.first_group == heads * 2 % order.group);
         const std::int64_t kv_heads = order.group / heads_per_kv;
         CHECK(kv_heads == 1 || kv_heads * bytes <= kL2GroupBytes);
         // As few groups as there can be, and none larger than that takes: they are about equal.
@@ -93,6 +101,31 @@ void groups_are_few_about_equal_and_fit_in_l2() {
         CHECK(groups == 1 || (groups - 1) * fitting * bytes < all_bytes);
         CHECK((order.group - heads_per_kv) * groups < pairs);
       }
+    }
+  }
+}
+
+// Blocks draw tiles as they get free, causal ones of as many key blocks as their place: none is
+// idle for long at the end, whatever heads the groups leave over.
+void multiprocessors_end_together() {
+  constexpr int kMultiprocessors = 132;
+  constexpr int kTileOverhead = 2;  // about as long as so many key blocks
+  for (int m_blocks : {32, 64, 128}) {
+    for (int group = 256 / m_blocks; group <= 1024 / m_blocks; ++group) {
+      check::context =
+          std::to_string(m_blocks) + " blocks, groups of " + std::to_string(group) + " heads";
+      const int heads = 2048 / m_blocks;
+      const TileOrder order{m_blocks, heads, 1, group, heads % group, true};
+      std::multiset<int> free_at;
+      for (int i = 0; i < kMultiprocessors; ++i) free_at.insert(0);
+      int sum = 0;
+      for (const WorkTile& tile : walk(order)) {
+        const int cost = kTileOverhead + tile.m_block + 1;
+        free_at.insert(*free_at.begin() + cost);
+        free_at.erase(free_at.begin());
+        sum += cost;
+      }
+      CHECK(*free_at.rbegin() * kMultiprocessors < 1.03 * sum);
     }
   }
 }
@@ -111,6 +144,7 @@ void empty_problems_have_no_tiles() {
 int main() {
   orders_by_brute_force();
   groups_are_few_about_equal_and_fit_in_l2();
+  multiprocessors_end_together();
   empty_problems_have_no_tiles();
   return check::result();
 }
