@@ -35,8 +35,9 @@ constexpr PackedOrder make_key_order(int total_q, std::int64_t key_blocks, int h
   }
   const std::int64_t wanted = (min_blocks * order.num_groups + blocks - 1) / blocks;
   const std::int64_t least = wanted > min_heads ? wanted : min_heads;
-  if (order.group_heads < least) {
-    order.group_heads = least < heads_kv ? static_cast<int>(least) : heads_kv;
+  if (order.head_groups.size < least) {
+    const int size = least < heads_kv ? static_cast<int>(least) : heads_kv;
+    order.head_groups = {size, heads_kv % size, heads_kv % size};
   }
   return order;
 }

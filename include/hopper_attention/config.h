@@ -114,7 +114,6 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
 constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterMaxima = Schedule::kAfterMaxima;
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
-  constexpr Schedule kBetweenRows = Schedule::kBetweenRows;
   constexpr Schedule kRowByRow = Schedule::kRowByRow;
   const bool full = key.mask == MaskKind::kFull;
   const bool packed = key.mask == MaskKind::kPacked;  // at d128 turns cost there
@@ -162,13 +161,15 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
         ? ForwardConfig{key, 112, 2, 2, false, kRowByRow, true,
                         "216 KiB at two stages: the widest that fits"}
         : ForwardConfig{key, 112, 2, 2, false, kRowByRow, false,
-                        "216 KiB at two stages: the widest that fits"};
+                        "216 KiB at two stages: the widest that fits", true, 1, false, 0, false,
+                        true};
     default:
       return full
         ? ForwardConfig{key, 80, 2, 2, false, kRowByRow, true,
                         "224 KiB at two stages: the widest that fits"}
-        : ForwardConfig{key, 80, 2, 2, false, kBetweenRows, false,
-                        "224 KiB at two stages: the widest that fits; ping-pong costs 3%"};
+        : ForwardConfig{key, 80, 2, 2, false, kRowByRow, true,
+                        "224 KiB at two stages: the widest that fits; ping-pong costs 3%", true, 1,
+                        false, 0, false, true};
   }
   // clang-format on
 }

@@ -104,7 +104,7 @@ inline constexpr int kMaxSequenceGroups = 32;
 
 struct PackedOrder {
   int heads;
-  int group_heads;  // whole KV heads
+  HeadGroups head_groups;  // of whole KV heads
   int group_keys;
   int num_groups;  // of sequences, 1 to kMaxSequenceGroups
 
@@ -120,12 +120,8 @@ struct PackedOrder {
 
   // The work_idx-th of a sequence group's entries x heads.
   HOPPER_ATTENTION_HD constexpr Work operator()(int work_idx, int entries) const {
-    const int tiles = entries * group_heads;
-    const int first_head = work_idx / tiles * group_heads;
-    const int heads_left = heads - first_head;  // the last group may be smaller
-    const int here = heads_left < group_heads ? heads_left : group_heads;
-    const int within = work_idx % tiles;
-    return {within / here, first_head + within % here};
+    const HeadGroups::Place place = head_groups(work_idx, entries);
+    return {place.within / place.heads, place.first_head + place.within % place.heads};
   }
 };
 
@@ -137,13 +133,13 @@ constexpr PackedOrder make_packed_order(int total_k, int heads, int heads_per_kv
   if (keys > fitting_keys) {
     std::int64_t groups = (keys + fitting_keys - 1) / fitting_keys;
     if (groups > kMaxSequenceGroups) groups = kMaxSequenceGroups;
-    return {heads, heads_per_kv, static_cast<int>((keys + groups - 1) / groups),
+    return {heads,
+            {heads_per_kv, heads_per_kv, 0},
+            static_cast<int>((keys + groups - 1) / groups),
             static_cast<int>(groups)};
   }
-  const std::int64_t heads_kv = heads / heads_per_kv, fitting_heads = fitting_keys / keys;
-  const std::int64_t groups = (heads_kv + fitting_heads - 1) / fitting_heads;
-  const std::int64_t group = groups > 0 ? (heads_kv + groups - 1) / groups : 1;
-  return {heads, static_cast<int>(group) * heads_per_kv, static_cast<int>(keys), 1};
+  return {heads, make_head_groups(heads / heads_per_kv, fitting_keys / keys, heads_per_kv),
+          static_cast<int>(keys), 1};
 }
 
 // The workspace: this, and the entries behind it. Nothing of it need be set before a call.

@@ -114,14 +114,14 @@ void groups_of_key_blocks_are_large_enough_and_fit_in_l2() {
             CHECK(order.heads == heads_kv && order.group_keys >= 1);
             CHECK(order.num_groups >= 1 && order.num_groups <= kMaxSequenceGroups);
             CHECK(static_cast<std::int64_t>(order.group_keys) * order.num_groups >= total_q);
-            CHECK(order.group_heads >= 1 && order.group_heads <= heads_kv);
-            const bool all_heads = order.group_heads == heads_kv;
-            CHECK(all_heads || order.group_heads >= min_heads);
+            CHECK(order.head_groups.size >= 1 && order.head_groups.size <= heads_kv);
+            const bool all_heads = order.head_groups.size == heads_kv;
+            CHECK(all_heads || order.head_groups.size >= min_heads);
             const bool all = all_heads && order.num_groups == 1;
-            CHECK(all || blocks * order.group_heads / order.num_groups >= kMinBlocks);
+            CHECK(all || blocks * order.head_groups.size / order.num_groups >= kMinBlocks);
             const PackedOrder fitting = make_packed_order(total_q, heads_kv, 1, query_bytes);
             CHECK(order.num_groups <= fitting.num_groups);
-            CHECK(order.group_heads >= fitting.group_heads);
+            CHECK(order.head_groups.size >= fitting.head_groups.size);
             CHECK(order.group_of(0) == 0 && order.group_of(total_q) < order.num_groups);
           }
         }

@@ -213,19 +213,19 @@ void groups_of_heads_are_large_enough() {
       check::context = std::to_string(seqlen) + (deterministic ? ", deterministic" : "");
       const BackwardPlan plan = plan_of(args);
       const int blocks = plan.order.num_m_blocks;
-      CHECK(plan.order.group * blocks >= 256 || plan.order.group == 16);
-      CHECK(plan.order.group <= 16);
+      CHECK(plan.order.groups.size * blocks >= 256 || plan.order.groups.size == 16);
+      CHECK(plan.order.groups.size <= 16);
       CHECK(plan.descending == (deterministic == 1) && !plan.last_first);
     }
   }
   args.heads = args.heads_kv;
   check::context = "65536, deterministic, no groups of query heads";
   BackwardPlan plan = plan_of(args);
-  CHECK(plan.last_first && !plan.descending && plan.order.group == 1);
+  CHECK(plan.last_first && !plan.descending && plan.order.groups.size == 1);
   args.causal = 0;
   check::context = "65536, deterministic, full";
   plan = plan_of(args);
-  CHECK(!plan.last_first && !plan.descending && plan.order.group == 4);
+  CHECK(!plan.last_first && !plan.descending && plan.order.groups.size == 4);
   CHECK(plan.order.longest_first);  // several heads in turn
   args.deterministic = 0;
   CHECK(!plan_of(args).order.longest_first);
@@ -290,7 +290,7 @@ void packed_grids_have_room_for_every_sequence() {
       const int cluster = plan.config.cluster;
       CHECK(plan.max_key_entries == max_blocks(500, 2, cluster * plan.config.tile_n));
       CHECK(plan.key_grid == plan.max_key_entries * cluster * 2);
-      CHECK(plan.packed_order.heads == 2 && plan.packed_order.group_heads >= 1);
+      CHECK(plan.packed_order.heads == 2 && plan.packed_order.head_groups.size >= 1);
       args.batch = 0;  // all rows are behind the last sequence, and are to be written
       CHECK(plan_of(args).query_grid > 0 && plan_of(args).key_grid > 0);
     }

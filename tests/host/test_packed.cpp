@@ -131,7 +131,9 @@ void each_entry_comes_once_for_each_head() {
         for (int entries = 1; entries <= 5; ++entries) {
           check::context = std::to_string(entries) + " entries, " + std::to_string(heads) +
                            " heads, groups of " + std::to_string(group_kv * heads_per_kv);
-          const PackedOrder order{heads, group_kv * heads_per_kv, 100, 1};
+          const HeadGroups groups = make_head_groups(heads_kv, group_kv, heads_per_kv);
+          const PackedOrder order{heads, groups, 100, 1};
+          const int before = groups.in_smaller > 0 ? groups.in_smaller / groups.smaller : 0;
           std::set<std::pair<int, int>> seen;
           int group = 0, entry = 0;
           for (int work_idx = 0; work_idx < entries * heads; ++work_idx) {
@@ -139,7 +141,9 @@ void each_entry_comes_once_for_each_head() {
             CHECK(work.entry >= 0 && work.entry < entries && work.head >= 0 && work.head < heads);
             CHECK(seen.insert({work.entry, work.head}).second);
             // Groups of heads one after the other, and within them the entries in their order.
-            const int now = work.head / order.group_heads;
+            const bool first = work.head < groups.in_smaller;
+            const int now = first ? work.head / groups.smaller
+                                  : (work.head - groups.in_smaller) / groups.size + before;
             CHECK(now == group || (now == group + 1 && work.entry == 0));
             CHECK(now != group || work.entry == entry || work.entry == entry + 1);
             group = now, entry = work.entry;
@@ -161,11 +165,12 @@ void groups_fit_in_l2() {
           const PackedOrder order = make_packed_order(total_k, heads, heads_per_kv, bytes_per_key);
           CHECK(order.heads == heads && order.group_keys >= 1);
           CHECK(order.num_groups >= 1 && order.num_groups <= kMaxSequenceGroups);
-          CHECK(order.group_heads >= 1 && order.group_heads % heads_per_kv == 0);
+          const int group = order.head_groups.size;
+          CHECK(group >= 1 && group % heads_per_kv == 0);
           CHECK(static_cast<std::int64_t>(order.group_keys) * order.num_groups >= total_k);
           const std::int64_t bytes = order.group_keys * bytes_per_key;
           const bool too_many = order.num_groups == kMaxSequenceGroups;
-          CHECK(too_many || bytes * (order.group_heads / heads_per_kv) <= kL2GroupBytes);
+          CHECK(too_many || bytes * (group / heads_per_kv) <= kL2GroupBytes);
           int before = 0;
           for (int begin = 0; begin <= total_k && begin >= 0; begin += total_k / 97 + 1) {
             const int group = order.group_of(begin);
@@ -177,7 +182,7 @@ void groups_fit_in_l2() {
     }
   }
   check::context = "no heads";
-  CHECK(make_packed_order(100, 0, 1, 512).group_heads >= 1);  // dividing by it is safe
+  CHECK(make_packed_order(100, 0, 1, 512).head_groups.size >= 1);  // dividing by it is safe
 }
 
 void every_tile_has_room_in_the_workspace() {

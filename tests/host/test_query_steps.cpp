@@ -371,7 +371,7 @@ void every_packed_plan_in_a_fixed_order_comes_to_an_end() {
     if (draw(0, 1) == 1) {  // as where L2 does not hold all
       plan.packed_order.num_groups = 3;
       plan.packed_order.group_keys = lengths.total_q / 3 + 1;
-      plan.packed_order.group_heads = draw(1, args.heads_kv);
+      plan.packed_order.head_groups = make_head_groups(args.heads_kv, draw(1, args.heads_kv), 1);
     }
     for (int places : {1, 3, 132}) {
       check::context = "packed, round " + std::to_string(round) + ", " +
