@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "backward/chain.h"
 #include "backward/query_block.cuh"
 
 namespace hopper_attention {
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(kThreads)
   static_assert(!kOwn.transposed() && kGroups % kThreads == 0, "pairs of columns, no remainder");
   __shared__ __align__(16) Element tile[kOwn.tile_m * kStride];
   const QueryBlock own = query_block<kPacked>(params.queries, blockIdx.x);
+  wait_for_last_kernel();
 
   if (own.used > 0) {  // else there is no dQ, and may be no accumulator
     const float4* from = reinterpret_cast<const float4*>(params.accumulator) +
@@ -88,38 +90,37 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <class Element, int kHeadDim>
-void launch(const ConvertParams& params, cudaStream_t stream) {
+cudaError_t launch(const ConvertParams& params, cudaStream_t stream) {
   const QueryGrid& queries = params.queries;
   const int grid = queries.num_m_blocks * queries.heads * queries.batch;
-  if (queries.packed) {
-    convert_kernel<Element, kHeadDim, true><<<grid, kThreads, 0, stream>>>(params);
-  } else {
-    convert_kernel<Element, kHeadDim, false><<<grid, kThreads, 0, stream>>>(params);
-  }
+  cudaLaunchAttribute early = early_start();
+  cudaLaunchConfig_t launch{};
+  launch.gridDim = dim3(grid);
+  launch.blockDim = dim3(kThreads);
+  launch.stream = stream;
+  launch.attrs = &early;
+  launch.numAttrs = 1;
+  const auto kernel = queries.packed ? convert_kernel<Element, kHeadDim, true>
+                                     : convert_kernel<Element, kHeadDim, false>;
+  return cudaLaunchKernelEx(&launch, kernel, params);
 }
 
 template <class Element>
 cudaError_t launch(const ConvertParams& params, cudaStream_t stream) {
   switch (params.dq_layout.head_dim) {
     case 64:
-      launch<Element, 64>(params, stream);
-      break;
+      return launch<Element, 64>(params, stream);
     case 96:
-      launch<Element, 96>(params, stream);
-      break;
+      return launch<Element, 96>(params, stream);
     case 128:
-      launch<Element, 128>(params, stream);
-      break;
+      return launch<Element, 128>(params, stream);
     case 192:
-      launch<Element, 192>(params, stream);
-      break;
+      return launch<Element, 192>(params, stream);
     case 256:
-      launch<Element, 256>(params, stream);
-      break;
+      return launch<Element, 256>(params, stream);
     default:
       return cudaErrorInvalidValue;
   }
-  return cudaPeekAtLastError();
 }
 
 }  // namespace

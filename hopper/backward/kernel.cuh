@@ -8,32 +8,43 @@
 
 namespace hopper_attention {
 
+// A block's start, one thread of each of the producer's warps a part of it: what they do takes
+// hundreds of cycles, one after the other.
 template <class Traits>
-CUTE_DEVICE void init_barriers(BackwardParams const& params, typename Traits::Barriers& barriers) {
+CUTE_DEVICE void start_block(BackwardParams const& params, typename Traits::Barriers& barriers,
+                             int warp) {
   constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
-  for (int i = 0; i < Traits::kTileSlots; ++i) {
-    barriers.k_full[i].init(1);
-    barriers.v_full[i].init(1);
-  }
-  for (int i = 0; i < Traits::kStages; ++i) {
-    const bool of_dout = i < Traits::kDoutStages;
-    barriers.q_full[i].init(1);
-    if (of_dout) barriers.dout_full[i].init(1);
-    barriers.q_empty[i].init(kConsumerWarps);
-    if (of_dout) barriers.dout_empty[i].init(kConsumerWarps);
-  }
-  for (int i = 0; i < Traits::kDsStages; ++i) {
-    barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
-    barriers.ds_empty[i].init(Traits::kCluster * kConsumerWarps);
-    if constexpr (Traits::kClustered) barriers.peer_ds_full[i].init(1);
-  }
-  barriers.p_full.init(kWarpgroupWarps);
-  barriers.p_empty.init(kWarpgroupWarps);
-  for (int i = 0; i < Traits::kConsumers; ++i) {
-    barriers.dq_full[i].init(kWarpgroupWarps);
-    barriers.dq_empty[i].init(1);
-  }
-  if constexpr (Traits::kAlike) {
+  if (warp == 0) {  // what the producer's own copies need
+    for (int i = 0; i < Traits::kTileSlots; ++i) {
+      barriers.k_full[i].init(1);
+      barriers.v_full[i].init(1);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      barriers.q_full[i].init(1);
+      barriers.q_empty[i].init(kConsumerWarps);
+    }
+    for (int i = 0; i < Traits::kDoutStages; ++i) {
+      barriers.dout_full[i].init(1);
+      barriers.dout_empty[i].init(kConsumerWarps);
+    }
+  } else if (warp == 1) {
+    for (int i = 0; i < Traits::kDsStages; ++i) {
+      barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
+      barriers.ds_empty[i].init(Traits::kCluster * kConsumerWarps);
+      if constexpr (Traits::kClustered) barriers.peer_ds_full[i].init(1);
+    }
+    barriers.p_full.init(kWarpgroupWarps);
+    barriers.p_empty.init(kWarpgroupWarps);
+    for (int i = 0; i < Traits::kConsumers; ++i) {
+      barriers.dq_full[i].init(kWarpgroupWarps);
+      barriers.dq_empty[i].init(1);
+    }
+  } else if (warp == 2) {
+    cute::prefetch_tma_descriptor(&params.k);
+    cute::prefetch_tma_descriptor(&params.q);
+    cute::prefetch_tma_descriptor(&params.v);
+    cute::prefetch_tma_descriptor(&params.dout);
+  } else if constexpr (Traits::kAlike) {
     // The storing warp, and those that see to the adds.
     const bool ordered = params.workspace.turns != nullptr;
     const int releases = 1 + (ordered ? kKeepers : Traits::kDqBulk ? 1 : 0);
@@ -111,11 +122,20 @@ CUTE_DEVICE void add_in_background(BackwardParams const& params, Tiles const& ti
   }
 }
 
+// Before anything arrives from the other block of a cluster.
+template <class Traits>
+CUTE_DEVICE void meet_cluster() {
+  if constexpr (Traits::kClustered) {
+    cute::cluster_sync();
+  } else {
+    __syncthreads();
+  }
+}
+
 // What a block does whose consumers share its keys.
 template <class Traits>
-CUTE_DEVICE void run_tile(BackwardParams const& params, typename Traits::SharedStorage& shared,
-                          int warpgroup) {
-  const KeyTile tile = own_tile<Traits>(params, shared);
+CUTE_DEVICE void run_tile(BackwardParams const& params, KeyTile const& tile,
+                          typename Traits::SharedStorage& shared, int warpgroup) {
   if constexpr (Traits::kRagged) {
     if (tile.head_kv < 0) return;
   }
@@ -126,6 +146,8 @@ CUTE_DEVICE void run_tile(BackwardParams const& params, typename Traits::SharedS
     if (warp == 0) {
       QueryRings<Traits> rings;
       if (cute::elect_one_sync()) produce<Traits>(params, tile, shared, 0, rings);
+      __syncwarp();
+      if constexpr (Traits::kClustered && Traits::kEarlyLoads) cute::cluster_wait();
     } else if (Traits::kClustered && warp > kKeepers) {
       if (cute::elect_one_sync()) send_ds<Traits>(params, tile, shared);
       __syncwarp();
@@ -181,28 +203,33 @@ __global__ void __launch_bounds__(BackwardTraits<Instance>::kThreads, 1)
   using Traits = BackwardTraits<Instance>;
   extern __shared__ __align__(1024) unsigned char shared_bytes_begin[];
   auto& shared = *reinterpret_cast<typename Traits::SharedStorage*>(shared_bytes_begin);
-  if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(&params.k);
-    cute::prefetch_tma_descriptor(&params.q);
-    cute::prefetch_tma_descriptor(&params.v);
-    cute::prefetch_tma_descriptor(&params.dout);
-    init_barriers<Traits>(params, shared.barriers);
-  }
-  if constexpr (Traits::kRagged && !Traits::kAlike) {
-    if (cutlass::canonical_warp_idx_sync() == 1) {
-      write_tile<Traits>(params, blockIdx.x, shared.tile[0]);
-    }
-  }
-  if constexpr (Traits::kClustered) {
-    cute::cluster_sync();  // before anything arrives from the other block
-  } else {
-    __syncthreads();
+  const int warp = cutlass::canonical_warp_idx_sync();
+  let_next_start();
+  if (warp < kWarpgroupWarps && cute::elect_one_sync()) {
+    start_block<Traits>(params, shared.barriers, warp);
   }
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if constexpr (Traits::kAlike) {
+    __syncthreads();
+    wait_for_last_kernel();
     run_tiles<Traits>(params, shared, warpgroup);
+  } else if constexpr (Traits::kRagged) {
+    wait_for_last_kernel();
+    if (warp == kWarpgroupWarps) write_tile<Traits>(params, blockIdx.x, shared.tile[0]);
+    meet_cluster<Traits>();
+    run_tile<Traits>(params, own_tile<Traits>(params, shared), shared, warpgroup);
   } else {
-    run_tile<Traits>(params, shared, warpgroup);
+    // The tile's place takes divisions, which are done while others do the above.
+    if constexpr (Traits::kClustered) cute::cluster_arrive();
+    const KeyTile tile = key_tile<Traits>(params, blockIdx.x);
+    if constexpr (Traits::kClustered) {
+      // The producer's first copies need nobody else.
+      if (warp > 0) cute::cluster_wait();
+    } else {
+      __syncthreads();
+    }
+    if (warp > 0) wait_for_last_kernel();
+    run_tile<Traits>(params, tile, shared, warpgroup);
   }
 }
 

@@ -83,25 +83,21 @@ CUTE_DEVICE Mask tile_mask(BackwardParams const& params,
   }
 }
 
-// The tile of a block that has one. head_kv is negative where it has nothing to do.
+// The ragged tile of a block that has one. head_kv is negative where it has nothing to do.
 template <class Traits>
 CUTE_DEVICE KeyTile own_tile(BackwardParams const& params,
                              typename Traits::SharedStorage const& shared) {
-  if constexpr (Traits::kRagged) {
-    const SharedTile tile = load_tile(shared.tile[0]);
-    const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
-    return {tile.n_block,
-            tile.head_kv,
-            0,
-            tile_query_blocks(mask, tile.n_block / Traits::kCluster, Traits::kTileM,
-                              Traits::kCluster * Traits::kTileN),
-            tile.first_block,
-            tile.q,
-            tile.k,
-            tile.wrap};
-  } else {
-    return key_tile<Traits>(params, blockIdx.x);
-  }
+  const SharedTile tile = load_tile(shared.tile[0]);
+  const Mask mask = sequence_mask(params.mask, tile.seqlen_q, tile.seqlen_k);
+  return {tile.n_block,
+          tile.head_kv,
+          0,
+          tile_query_blocks(mask, tile.n_block / Traits::kCluster, Traits::kTileM,
+                            Traits::kCluster * Traits::kTileN),
+          tile.first_block,
+          tile.q,
+          tile.k,
+          tile.wrap};
 }
 
 }  // namespace hopper_attention

@@ -88,7 +88,7 @@ CUTE_DEVICE void consume_late(BackwardParams const& params, typename Traits::Sha
       issue_dq<Traits>(operands, before.stage, slot, 0, rdQ);
     };
     auto add_late = [&] {
-      arrive_warp(barriers.ds_empty[before.stage]);
+      if constexpr (Traits::kDsWaits) arrive_warp(barriers.ds_empty[before.stage]);
       adder.begin();
       adder.add(rdQ, block_before, 0);
       adder.end();
@@ -106,10 +106,12 @@ CUTE_DEVICE void consume_late(BackwardParams const& params, typename Traits::Sha
       }
       Tensor rP = make_tensor<Element>(LayoutA{});
       Tensor rdS = make_tensor<Element>(LayoutA{});
+      if constexpr (!Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
       warpgroup_wait<1>();
       warpgroup_fence_operand(rdP);
-      pass_values<Traits>(barriers, at, slot);
-      barriers.ds_empty[stage].wait(ring.phase ^ 1);
+      if constexpr (Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
+      pass_values<Traits>(barriers, at);
+      if constexpr (Traits::kDsWaits) barriers.ds_empty[stage].wait(ring.phase ^ 1);
       differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
       write_ds(writer, stage, rdS, rS.layout());
       __syncwarp();

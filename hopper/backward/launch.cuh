@@ -29,12 +29,15 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchSp
   launch.blockDim = dim3(num_threads(Instance::kConfig));
   launch.dynamicSmemBytes = shared_bytes(Instance::kConfig);
   launch.stream = spec.stream;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = Instance::kConfig.cluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  launch.attrs = &cluster;
-  launch.numAttrs = is_clustered(Instance::kConfig) ? 1 : 0;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[launch.numAttrs++] = early_start();
+  if (is_clustered(Instance::kConfig)) {
+    cudaLaunchAttribute& cluster = attributes[launch.numAttrs++];
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = Instance::kConfig.cluster;
+    cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  }
+  launch.attrs = attributes;
   return cudaLaunchKernelEx(&launch, backward_kernel<Instance>, params);
 }
 

@@ -3,6 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "backward/chain.h"
 #include "backward/params.h"
 #include "backward/traits.cuh"
 #include "common/barriers.cuh"
@@ -178,6 +179,7 @@ CUTE_DEVICE void produce(BackwardParams const& params, KeyTile const& tile,
     load_slabs<Traits, Traits::kSlab, kD, kM>(params.q, q_full, CacheHintSm90::EVICT_LAST,
                                               shared.q[stage], tile.q, m_block * kM, head,
                                               tile.wrap);
+    if (Traits::kEarlyLoads && first) wait_for_last_kernel();
     load_statistics(q_full, shared.lse_log2[stage], params.workspace.lse_log2, head, m_block);
     if constexpr (Traits::kClustered) {
       load_statistics(q_full, shared.delta[stage], params.workspace.delta, head, m_block);

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "backward/chain.h"
 #include "backward/list_keys.cuh"
 #include "backward/query_block.cuh"
 
@@ -54,6 +55,7 @@ template <class Pair, int kLanes, bool kPacked>
 __global__ void __launch_bounds__(kThreads)
     preprocess_kernel(__grid_constant__ const PreprocessParams params) {
   extern __shared__ int place_of[];
+  let_next_start();
   if (kPacked && blockIdx.x == 0) {
     const KeyListJob job{params.list, params.mask, params.queries.tile_m, params.entry_keys,
                          params.workspace.turns != nullptr};

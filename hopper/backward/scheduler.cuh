@@ -64,7 +64,7 @@ struct TileSource {
   }
 };
 
-// The receiving side. A tile is released once by each that counts (init_barriers).
+// The receiving side. A tile is released once by each that counts (start_block).
 template <class Traits>
 struct TileSink {
   Ring<Traits::kTileSlots> slot;

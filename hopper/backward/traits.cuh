@@ -58,6 +58,9 @@ struct BackwardTraits {
   static constexpr bool kKeysInRegisters = kConfig.k_in_registers;
   static constexpr bool kLateDq = kConfig.late_dq;
   static constexpr bool kAlike = are_alike(kConfig);
+  static constexpr bool kDsWaits = kConfig.ds_waits;
+  // The producer loads its first tiles before the kernel ahead has ended, and its block has met.
+  static constexpr bool kEarlyLoads = !kAlike && !kRagged;
   static constexpr bool kPersistent = is_persistent(kConfig);
   static constexpr int kTileSlots = tile_slots(kConfig);
   static constexpr int kValueBuffers = value_buffers(kConfig);

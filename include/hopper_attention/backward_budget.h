@@ -179,6 +179,11 @@ constexpr const char* thirds_error(const BackwardConfig& config) {
   return nullptr;
 }
 
+// Buffers of dS that consumers alike need where none waits for an empty one. Who writes a step's dS
+// has waited for the last step's to be complete, that is, for every consumer's arrival there, which
+// comes behind its dQ of the step before; where dQ is late, of the step before that one.
+constexpr int free_ds_stages(const BackwardConfig& config) { return config.late_dq ? 3 : 2; }
+
 // Why a config cannot be built; null when it can.
 constexpr const char* config_error(const BackwardConfig& config) {
   const RegisterSplit split = register_split(config.num_consumers);
@@ -216,6 +221,9 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (fragment_registers(config) + 20 > split.consumer) return "registers";
   if (!in_thirds(config) && !is_clustered(config) && config.dout_stages != config.stages)
     return "as many stages of dO as of Q";
+  if (are_alike(config) && !config.ds_waits && config.ds_stages < free_ds_stages(config))
+    return "dS not waited for: 2 stages of it, with late dQ 3";
+  if (!are_alike(config) && config.ds_waits) return "dS waited for: consumers alike";
   return nullptr;
 }
 

@@ -62,6 +62,9 @@ struct BackwardConfig {
   const char* reason;
   int cluster = 1;  // of pairs: blocks of neighbouring keys that exchange dS, so that each adds one
                     // slice of dQ for the keys of all
+  bool ds_waits = false;  // of consumers alike: a step waits for an empty buffer of dS, though it
+                          // always is: with so many of them a consumer that writes the next one has
+                          // seen that all are done with it. Some kernels are the faster for it
 };
 
 // The table of choices, a row a kernel.
@@ -81,20 +84,22 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   const bool ahead = key.mask != MaskKind::kCapped;  // tanh leaves no registers for it
   // clang-format off
   // {key, tile_m, tile_n, stages of Q, dO and dS, consumers, roles, dQ's split, slices, path,
-  //  S ahead, K in registers, late dQ, reason[, cluster]}
+  //  S ahead, K in registers, late dQ, reason[, cluster[, waits for dS]]}
   switch (key.head_dim) {
     case 64:
       return key.mask == MaskKind::kMasked
         ? BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kBulk, ahead, false, false,
-                         "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order"}
+                         "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order", 1, true}
         : BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead, false, false,
-                         "S and dP 64 registers each, dK and dV 32 each"};
+                         "S and dP 64 registers each, dK and dV 32 each", 1,
+                         key.mask != MaskKind::kFull};
     case 96:
       return key.mask == MaskKind::kCapped
         ? BackwardConfig{key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
-                         "tanh leaves no registers for K and S ahead"}
+                         "tanh leaves no registers for K and S ahead", 1, true}
         : BackwardConfig{key, 64, 128, 3, 3, 3, 2, kAlike, kColumns, 1, kBulk, ahead, true, true,
-                         "24 registers for K: 1 to 13% faster with dQ a step late"};
+                         "24 registers for K: 1 to 13% faster with dQ a step late", 1,
+                         key.mask != MaskKind::kFull};
     case 128:
       return {key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
               "64 rows: S and dP 32 registers each beside dK and dV of 64 each"};

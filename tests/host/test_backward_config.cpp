@@ -82,6 +82,34 @@ void late_dq_is_refused_where_it_cannot_run() {
   for (const Change change : changes) refuses_with("dQ late", config, change);
 }
 
+BackwardConfig with_stages(BackwardConfig config, int stages, bool ds_waits) {
+  config.stages = config.dout_stages = config.ds_stages = stages;
+  config.ds_waits = ds_waits;
+  return config;
+}
+
+// With late dQ a step's dS is read until the step after it has been written.
+void buffers_of_ds_are_waited_for_where_they_are_few() {
+  const BackwardConfig d128 = make_backward_config({Dtype::kBfloat16, 128, 128, MaskKind::kFull});
+  const BackwardConfig d96 = make_backward_config({Dtype::kBfloat16, 96, 96, MaskKind::kFull});
+  const auto refuses = [](const BackwardConfig& config) {
+    refuses_with("dS ", config, [](BackwardConfig&) {});
+  };
+  check::context = "enough buffers";
+  CHECK(config_error(with_stages(d128, 2, false)) == nullptr);
+  CHECK(config_error(with_stages(d128, 1, true)) == nullptr);
+  CHECK(config_error(with_stages(d96, 3, false)) == nullptr);
+  CHECK(config_error(with_stages(d96, 2, true)) == nullptr);
+  refuses(with_stages(d128, 1, false));
+  refuses(with_stages(d96, 2, false));
+  for (const int head_dim : {192, 256}) {
+    BackwardConfig config =
+        make_backward_config({Dtype::kBfloat16, head_dim, head_dim, MaskKind::kFull});
+    config.ds_waits = true;
+    refuses(config);
+  }
+}
+
 // K, dK and dV, S, dP and dQ at the same time.
 void late_dq_counts_every_fragment() {
   const BackwardKey key{Dtype::kBfloat16, 96, 96, MaskKind::kMasked};
@@ -286,6 +314,7 @@ int main() {
   every_element_of_dq_has_one_place();
   what_cannot_be_built_is_refused();
   late_dq_is_refused_where_it_cannot_run();
+  buffers_of_ds_are_waited_for_where_they_are_few();
   late_dq_counts_every_fragment();
   thirds_are_refused_where_they_cannot_run();
   thirds_count_every_fragment();

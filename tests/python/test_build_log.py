@@ -57,6 +57,11 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for dims in ("d192", "d192x128")
         for mask in ("full", "masked", "packed", "capped")
     },
+    **{
+        f"backward_{dtype}_d256_{mask}": IN_THE_LOOP
+        for dtype in ("fp16", "bf16")
+        for mask in ("full", "masked")
+    },
     "e4m3_d128_masked": IN_THE_LOOP,
     "e4m3_d256_full": OUTSIDE_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
