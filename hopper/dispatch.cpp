@@ -88,6 +88,7 @@ Status forward(const hopper_attention_forward_args& args) {
   params.counters = static_cast<unsigned int*>(args.workspace);
   params.mask = plan.mask;
   params.order = plan.order;
+  params.cluster = plan.cluster;
   params.heads_per_kv = args.heads / args.heads_kv;
   params.scale_log2 = plan.scale_log2;
   params.transform_scores = plan.transform_scores;
@@ -119,12 +120,13 @@ Status explain(const hopper_attention_forward_args& args, char* buffer, std::siz
   std::snprintf(
       buffer, capacity,
       "{\"instance\": \"%s\", \"dtype\": \"%s\", \"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, "
-      "\"stages\": %d, \"num_consumers\": %d, \"head_dim_tile\": %d, \"head_dim_v_tile\": %d, "
+      "\"stages\": %d, \"num_consumers\": %d, \"cluster\": %d, \"head_dim_tile\": %d, "
+      "\"head_dim_v_tile\": %d, "
       "\"smem_bytes\": %d, \"grid\": %d, \"num_tiles\": %d, \"scheduler\": \"%s\", "
       "\"compiled\": %s, \"reason\": \"%s\"}",
       row ? row->name : "", name_of(plan.key.dtype), name_of(plan.key.mask), plan.config.tile_m(),
-      plan.config.tile_n, plan.config.stages, plan.config.num_consumers, plan.key.head_dim,
-      plan.key.head_dim_v, shared_bytes(plan.config), plan.grid, plan.num_tiles,
+      plan.config.tile_n, plan.config.stages, plan.config.num_consumers, plan.cluster,
+      plan.key.head_dim, plan.key.head_dim_v, shared_bytes(plan.config), plan.grid, plan.num_tiles,
       full ? "static" : "dynamic", find_row(kCompiledRows, plan.key) ? "true" : "false",
       plan.config.reason);
   return {};

@@ -17,6 +17,7 @@ struct Fp8Traits {
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr int kCluster = kConfig.cluster;
   static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;
   static constexpr bool kPacked = false;
   static constexpr bool kFp8 = true;

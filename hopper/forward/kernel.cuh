@@ -26,6 +26,10 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
     barriers.v_full[i].init(transposers > 0 ? transposers : 1);
     barriers.k_empty[i].init(kConsumerWarps);
     barriers.v_empty[i].init(kConsumerWarps);
+    if constexpr (Traits::kCluster > 1) {
+      barriers.k_ready[i].init(1);
+      barriers.v_ready[i].init(1);
+    }
   }
   for (int i = 0; i < kTileSlots; ++i) {
     barriers.tile_full[i].init(1);
@@ -59,6 +63,8 @@ CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedSto
     if (!params.v_transposed) transpose_values<Traits>(params, shared, warp - 2);
   } else if constexpr (Traits::kPacked) {
     if (warp == 2) clear_last_values<Traits>(params, shared);
+  } else {
+    if (warp == 2) stay_until_cluster_is_done<Traits>();
   }
 }
 
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
   if constexpr (Traits::kFp8) {
     if constexpr (Traits::kOnes) write_ones<Traits>(shared);
   }
-  __syncthreads();
+  sync_start<Traits>();
   const int warpgroup = cutlass::canonical_warp_group_idx();
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kSplit.producer>();

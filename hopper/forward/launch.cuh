@@ -29,11 +29,17 @@ cudaError_t launch_forward(const ForwardParams& params, const LaunchSpec& spec) 
   launch.blockDim = dim3(num_threads(Instance::kConfig));
   launch.dynamicSmemBytes = shared_bytes(Instance::kConfig);
   launch.stream = spec.stream;
-  cudaLaunchAttribute overlap{};  // with the kernel that lists a packed batch's tiles
-  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  overlap.val.programmaticStreamSerializationAllowed = 1;
-  launch.attrs = &overlap;
-  launch.numAttrs = is_packed(Instance::kConfig) ? 1 : 0;
+  cudaLaunchAttribute attribute{};
+  if constexpr (is_packed(Instance::kConfig)) {  // overlaps the kernel that lists the batch's tiles
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+  } else {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = params.cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  }
+  launch.attrs = &attribute;
+  launch.numAttrs = is_packed(Instance::kConfig) || is_clustered(Instance::kConfig) ? 1 : 0;
   return cudaLaunchKernelEx(&launch, forward_kernel<Instance>, params);
 }
 

@@ -15,23 +15,59 @@ CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
   if constexpr (Traits::kPacked) {
     return tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
   }
+  // A cluster's last tile may have no row, and goes through the other one's blocks.
+  if constexpr (Traits::kCluster > 1) return all_key_blocks(mask, Traits::kTileN);
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
   const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
   return key_blocks(mask, row_begin, row_end, Traits::kTileN);
 }
 
-// One tile of `rows` rows, slab by slab, into consecutive shared memory.
+// TMA's copies of a tile, slab by slab, into consecutive shared memory of kBlocks blocks alike.
+template <int kSlab, int kColumns, int kRows, int kBlocks = 1, class Element>
+CUTE_DEVICE void copy_tile(CUtensorMap const& map, FullBarrier& barrier,
+                           cute::TMA::CacheHintSm90 hint, Element* shared, int row, int head,
+                           int batch) {
+  auto* const bytes_at = reinterpret_cast<std::uint64_t*>(&barrier);
+  const auto cache = static_cast<std::uint64_t>(hint);
+  CUTE_UNROLL
+  for (int column = 0; column < kColumns; column += kSlab) {
+    Element* const slab = shared + column * kRows;
+    if constexpr (kBlocks == 1) {
+      cute::SM90_TMA_LOAD_4D::copy(&map, bytes_at, cache, slab, column, row, head, batch);
+    } else {
+      cute::SM90_TMA_LOAD_MULTICAST_4D::copy(&map, bytes_at, (1 << kBlocks) - 1, cache, slab,
+                                             column, row, head, batch);
+    }
+  }
+}
+
+// One tile of `rows` rows.
 template <int kSlab, int kColumns, int kRows, class Element>
 CUTE_DEVICE void load_tile(CUtensorMap const& map, FullBarrier& barrier,
                            cute::TMA::CacheHintSm90 hint, Element* shared, int row, int head,
                            int batch) {
   barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
-  CUTE_UNROLL
-  for (int column = 0; column < kColumns; column += kSlab) {
-    cute::SM90_TMA_LOAD_4D::copy(&map, reinterpret_cast<std::uint64_t*>(&barrier),
-                                 static_cast<std::uint64_t>(hint), shared + column * kRows, column,
-                                 row, head, batch);
+  copy_tile<kSlab, kColumns, kRows>(map, barrier, hint, shared, row, head, batch);
+}
+
+// One block of keys of K or V, into a buffer that is free. ready, loader: of a cluster (meet).
+template <class Traits, int kSlab, int kColumns, class Element>
+CUTE_DEVICE void load_block(ForwardParams const& params, CUtensorMap const& map,
+                            FullBarrier& barrier, EmptyBarrier* ready, std::uint32_t phase,
+                            int loader, Element* shared, int row, int head, int batch) {
+  constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
+  constexpr int kRows = Traits::kTileN;
+  if constexpr (Traits::kCluster > 1) {
+    if (params.cluster > 1) {
+      barrier.arrive_and_expect_tx(kRows * kColumns * sizeof(Element));
+      if (meet<Traits>(*ready, phase, loader)) {
+        copy_tile<kSlab, kColumns, kRows, Traits::kCluster>(map, barrier, kHint, shared, row, head,
+                                                            batch);
+      }
+      return;
+    }
   }
+  load_tile<kSlab, kColumns, kRows>(map, barrier, kHint, shared, row, head, batch);
 }
 
 // V's loads in 16 bits: rows of tokens, as they lie in memory.
@@ -43,8 +79,10 @@ struct ValueLoader {
                         int n_block, int head, int batch) {
     auto& barriers = shared.barriers;
     barriers.v_empty[ring.stage].wait(ring.phase ^ 1);
-    load_tile<Traits::kSlabV, Traits::kHeadDimV, Traits::kTileN>(
-        params.v, barriers.v_full[ring.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+    EmptyBarrier* ready = nullptr;
+    if constexpr (Traits::kCluster > 1) ready = &barriers.v_ready[ring.stage];
+    load_block<Traits, Traits::kSlabV, Traits::kHeadDimV>(
+        params, params.v, barriers.v_full[ring.stage], ready, ring.phase, kValueLoader,
         shared.v[ring.stage], n_block * Traits::kTileN, head, batch);
     ring.advance();
   }
@@ -59,8 +97,10 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   Values values;
   auto load_k = [&](int first_row, int head, int batch) {
     barriers.k_empty[k_ring.stage].wait(k_ring.phase ^ 1);
-    load_tile<Traits::kSlab, Traits::kHeadDim, Traits::kTileN>(
-        params.k, barriers.k_full[k_ring.stage], cute::TMA::CacheHintSm90::EVICT_LAST,
+    EmptyBarrier* ready = nullptr;
+    if constexpr (Traits::kCluster > 1) ready = &barriers.k_ready[k_ring.stage];
+    load_block<Traits, Traits::kSlab, Traits::kHeadDim>(
+        params, params.k, barriers.k_full[k_ring.stage], ready, k_ring.phase, kKeyLoader,
         shared.k[k_ring.stage], first_row, head, batch);
     k_ring.advance();
   };
@@ -75,7 +115,7 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
 
   Source source;
   source.start(params);
-  int work_idx = blockIdx.x;
+  int work_idx = blockIdx.x / cluster_blocks<Traits>(params);
   while (source.has(params, work_idx)) {
     const DrawnTile drawn = source.find(params, work_idx);
     source.publish(barriers, drawn);

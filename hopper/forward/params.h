@@ -35,6 +35,7 @@ struct ForwardParams {
 
   Mask mask;
   TileOrder order;
+  int cluster;  // blocks that share their loads of K and V, and as many tiles of the order's each
   int heads_per_kv;
 
   // P = exp2(scale_log2 * (S - rowmax(S))). transform_scores: S is first replaced by

@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "hopper_attention/budget.h"
+
 namespace hopper_attention {
 namespace {
 
@@ -231,6 +233,21 @@ Status check_forward_tensors(const hopper_attention_forward_args& a) {
   return a.packed ? check_packed_tensors(a) : Status{};
 }
 
+// How many blocks share their loads. All tiles take the same time: where as many clusters as fit
+// take more rounds than blocks that are alone (where the last tile of each head has no partner, or
+// where multiprocessors are odd), they cost more than they gain. A head's only tile has nobody to
+// share with. And multiprocessors that others hold (sm_margin) may leave a cluster no room on its
+// GPC until the end.
+static int blocks_together(const ForwardConfig& config, std::int64_t m_blocks, std::int64_t heads,
+                           int num_sms, int sm_margin) {
+  if (!is_clustered(config) || m_blocks < 2 || num_sms < config.cluster || sm_margin > 0) return 1;
+  const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
+  const std::int64_t alone = ceil_div(m_blocks * heads, num_sms);
+  const std::int64_t together =
+      ceil_div(ceil_div(m_blocks, config.cluster) * heads, num_sms / config.cluster);
+  return together > alone ? 1 : config.cluster;
+}
+
 // Which tiles there are and in which order, for a plan that has its config.
 static Status plan_tiles(const hopper_attention_forward_args& args, int num_sms, bool longest_first,
                          ForwardPlan* plan) {
@@ -245,15 +262,23 @@ static Status plan_tiles(const hopper_attention_forward_args& args, int num_sms,
   }
   const std::int64_t bytes_per_key =
       (args.head_dim + args.head_dim_v) * element_bytes(plan->key.dtype);
+  plan->cluster = 1;
   const int heads_per_kv = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
   plan->num_tiles = static_cast<int>(blocks) * args.heads;
   if (args.packed) {
     plan->packed_order = make_packed_order(args.seqlen_k, args.heads, heads_per_kv, bytes_per_key);
   } else {
-    plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, tile_m, longest_first,
-                                  args.seqlen_k * bytes_per_key, heads_per_kv);
+    plan->cluster =
+        blocks_together(plan->config, m_blocks, static_cast<std::int64_t>(args.batch) * args.heads,
+                        num_sms, args.sm_margin);
+    plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->cluster * tile_m,
+                                  longest_first, args.seqlen_k * bytes_per_key, heads_per_kv);
   }
-  plan->grid = std::min(std::max(1, num_sms - args.sm_margin), plan->num_tiles);
+  // GPCs are made of pairs of multiprocessors, so as many clusters run at once as there are pairs;
+  // one that had to wait would only be late.
+  const int clusters = std::max(1, num_sms - args.sm_margin) / plan->cluster;
+  const int shares = args.packed ? plan->num_tiles : plan->order.num_tiles();
+  plan->grid = std::min(clusters, shares) * plan->cluster;
   return {};
 }
 

@@ -21,6 +21,7 @@ struct ForwardPlan {
   PackedOrder packed_order;  // of a packed one
   int num_tiles;             // at most, where a packed batch's lengths are not known here
   int grid;
+  int cluster;  // blocks that share their loads of K and V; the order counts as many tiles as one
   float scale_log2;
   bool transform_scores;
   float inner_scale;

@@ -1,7 +1,7 @@
 // How a persistent block gets its tiles: one producer thread draws them, everyone else is told.
 #pragma once
 
-#include "common/barriers.cuh"
+#include "forward/cluster.cuh"
 #include "forward/params.h"
 #include "forward/traits.cuh"
 
@@ -16,9 +16,10 @@ struct DrawnTile {
 
 CUTE_DEVICE constexpr DrawnTile no_more_tiles() { return {{{0, 0, 0}, -1}, {}, 0}; }
 
-// The drawing side. Without a mask all tiles cost the same and block b takes b, b + grid, ...; with
-// one, a global counter hands out the next tile (longest first), and the last block to find none
-// left resets it for the next launch.
+// The drawing side. Without a mask all tiles cost the same and block b takes b, b + grid, ...; of
+// clusters, each takes a group of tiles for each of its blocks. With a mask, a global counter hands
+// out the next tile (longest first), and the last block to find none left resets it for the next
+// launch.
 template <class Traits>
 struct TileSource {
   Ring<kTileSlots> slot;
@@ -28,7 +29,8 @@ struct TileSource {
     return work_idx < params.order.num_tiles();
   }
   CUTE_DEVICE DrawnTile find(ForwardParams const& params, int work_idx) const {
-    const WorkTile tile = params.order(work_idx);
+    const WorkTile tile =
+        cluster_tile(params.order, work_idx, cluster_blocks<Traits>(params), blockIdx.x);
     return {{tile, tile.head / params.heads_per_kv}, {}, 0};
   }
   CUTE_DEVICE Mask const& mask(ForwardParams const& params, DrawnTile const&) const {
@@ -36,7 +38,7 @@ struct TileSource {
   }
 
   CUTE_DEVICE int draw(ForwardParams const& params, int current) const {
-    if constexpr (!Traits::kMasked) return current + gridDim.x;
+    if constexpr (!Traits::kMasked) return current + gridDim.x / cluster_blocks<Traits>(params);
     const int next = gridDim.x + atomicAdd(&params.counters[0], 1u);
     return next;
   }

@@ -31,6 +31,7 @@ struct ForwardTraits {
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr int kCluster = kConfig.cluster;
   static constexpr bool kPacked = is_packed(kConfig);
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
   static constexpr bool kFp8 = false;
@@ -82,6 +83,8 @@ struct ForwardTraits {
     FullBarrier
         v_tail[kPacked ? kStages + kStages % 2 : 0];   // V whose last rows wait to be cleared
     EmptyBarrier o_sent[kConsumers + kConsumers % 2];  // O has left: V's buffers are free
+    EmptyBarrier k_ready[kCluster > 1 ? kStages : 0];  // the cluster's other block waits for K
+    EmptyBarrier v_ready[kCluster > 1 ? kStages : 0];
     EmptyBarrier tile_full[kTileSlots];
     EmptyBarrier tile_empty[kTileSlots];
     TileMessage tiles[kTileSlots];

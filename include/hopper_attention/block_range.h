@@ -21,6 +21,11 @@ HOPPER_ATTENTION_HD constexpr BlockRange key_blocks(const Mask& mask, int row_be
   return {first / tile_n, (last + tile_n - 1) / tile_n};
 }
 
+// The same without a mask, where a tile need not have a row.
+HOPPER_ATTENTION_HD constexpr BlockRange all_key_blocks(const Mask& mask, int tile_n) {
+  return {0, (mask.seqlen_k + tile_n - 1) / tile_n};
+}
+
 // Key blocks of which every row in [row_begin, row_end) sees the whole; the others need a mask.
 HOPPER_ATTENTION_HD constexpr BlockRange plain_blocks(const Mask& mask, int row_begin, int row_end,
                                                       int tile_n) {

@@ -29,6 +29,8 @@ constexpr RegisterSplit register_split(int num_consumers) {
   return num_consumers <= 2 ? RegisterSplit{168, 24, 240} : RegisterSplit{128, 32, 160};
 }
 
+constexpr bool is_clustered(const ForwardConfig& config) { return config.cluster > 1; }
+
 constexpr int num_threads(const ForwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
@@ -78,14 +80,15 @@ constexpr bool is_packed(const ForwardConfig& config) {
 
 // One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
 // and for each block to transpose, one for each stage of V whose last rows are cleared and for each
-// consumer's O; 8 bytes each, and 16 bytes a tile slot for the tile, in packed batches 32.
+// consumer's O, and in a cluster for each stage that the other block waits for; 8 bytes each, and
+// 16 bytes a tile slot for the tile, in packed batches 32.
 constexpr int barrier_bytes(const ForwardConfig& config) {
   const int raw_stages = may_transpose(config) ? kRawStages : 0;
   const int tail_stages = is_packed(config) ? config.stages + config.stages % 2 : 0;  // 16 bytes
   const int outputs =
       is_fp8(config.key.dtype) ? 0 : config.num_consumers + config.num_consumers % 2;  // likewise
   const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages) +
-                       tail_stages + outputs;
+                       tail_stages + outputs + (is_clustered(config) ? 2 * config.stages : 0);
   const int message = kTileMessageBytes + (is_packed(config) ? kTileSequenceBytes : 0);
   return barriers * 8 + kTileSlots * message;
 }
@@ -161,6 +164,9 @@ constexpr const char* config_error(const ForwardConfig& config) {
   if (config.key.head_dim % 32 != 0 || config.key.head_dim_v % 32 != 0) return "head dim: 32s";
   if (config.key.head_dim_v > config.key.head_dim) return "head_dim_v above head_dim";
   if (config.stages < 2) return "at least two stages";
+  if (config.cluster < 1 || config.cluster > 2) return "cluster: 1 or 2 blocks";
+  if (is_clustered(config) && (fp8 || config.key.mask != MaskKind::kFull))
+    return "a cluster: 16 bits without a mask";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
   if (fragment_registers(config) + 16 > split.consumer) return "registers";
   return nullptr;

@@ -34,6 +34,7 @@ struct ForwardConfig {
   bool mask_by_bits = false;  // a row's seen keys as bits of a word: shorter code at a mask's edges
   bool alpha_first = false;   // O's factor ahead of the exponentials, to rescale O under them
   bool free_first = false;    // with turns: a tile's first product of a consumer waits for none
+  int cluster = 1;  // blocks, of neighbouring query tiles of a head, that share loads of K and V
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
 };
@@ -109,6 +110,13 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
   // clang-format on
 }
 
+// In clusters of two with multicast: L2 is read half as often, and the power that this saves is a
+// higher clock.
+constexpr ForwardConfig in_clusters(ForwardConfig config) {
+  config.cluster = 2;
+  return config;
+}
+
 // The table of choices, a row a kernel. The reasons' figures are multiprocessor cycles of an H200
 // at s = 16384 (docs/performance.md).
 constexpr ForwardConfig make_forward_config(ForwardKey key) {
@@ -143,30 +151,33 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "three consumers: S 48, P 24 and O 48 registers of 160; 112 keys spill"};
     case 128:
       return full
-        ? ForwardConfig{key, 176, 2, 2, true, kRowByRow, true,
-                        "widest that fits: S 88, P 44, O 64 registers and 208 KiB", true, 1, false,
-                        0, true}
+        ? in_clusters({key, 176, 2, 2, true, kRowByRow, true,
+                       "widest that fits: S 88, P 44, O 64 registers and 208 KiB; in clusters 4% at "
+                       "the power limit", true, 1, false, 0, true})
         : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
                         "square tiles waste least on the diagonal; a turn at a tile's first block "
                         "costs 1 to 3%", true, 1, false, 0, false, true, false, !packed};
     case 192:
       if (key.head_dim_v == 128) {
         return full
-          ? ForwardConfig{key, 128, 2, 2, true, kRowByRow, false, "208 KiB at two stages"}
+          ? in_clusters({key, 128, 2, 2, true, kRowByRow, false,
+                         "208 KiB at two stages; in clusters 3% at the power limit"})
           : ForwardConfig{key, 128, 2, 2, false, kRowByRow, false,
                           "208 KiB at two stages; turns cost 1 to 2% with masks by bits", true, 1,
                           false, 0, false, true};
       }
       return full
-        ? ForwardConfig{key, 112, 2, 2, false, kRowByRow, true,
-                        "216 KiB at two stages: the widest that fits"}
+        ? in_clusters({key, 112, 2, 2, false, kRowByRow, true,
+                       "216 KiB at two stages: the widest that fits; in clusters 3% at the power "
+                       "limit"})
         : ForwardConfig{key, 112, 2, 2, false, kRowByRow, false,
                         "216 KiB at two stages: the widest that fits", true, 1, false, 0, false,
                         true};
     default:
       return full
-        ? ForwardConfig{key, 80, 2, 2, false, kRowByRow, true,
-                        "224 KiB at two stages: the widest that fits"}
+        ? in_clusters({key, 80, 2, 2, false, kRowByRow, true,
+                       "224 KiB at two stages: the widest that fits; in clusters 2% at the power "
+                       "limit"})
         : ForwardConfig{key, 80, 2, 2, false, kRowByRow, true,
                         "224 KiB at two stages: the widest that fits; ping-pong costs 3%", true, 1,
                         false, 0, false, true};

@@ -71,6 +71,16 @@ struct TileOrder {
   }
 };
 
+// What block `block` of the grid takes of the work_idx-th group of `cluster` neighbouring tiles,
+// where the order counts such groups: its blocks follow one another. The last tile of a head may be
+// past its end.
+HOPPER_ATTENTION_HD constexpr WorkTile cluster_tile(const TileOrder& order, int work_idx,
+                                                    int cluster, int block) {
+  WorkTile tile = order(work_idx);
+  tile.m_block = tile.m_block * cluster + block % cluster;
+  return tile;
+}
+
 // Of an H100's or H200's 50 MB of L2; Q and O stream through the rest.
 inline constexpr std::int64_t kL2GroupBytes = 32 << 20;
 

@@ -35,6 +35,8 @@ class Explanation:
         tile_n: keys a step.
         stages: buffers of K, and as many of V.
         num_consumers: warpgroups that multiply.
+        cluster: blocks that work on neighbouring tiles and share their loads of K and V; 1 where
+            each is alone.
         head_dim_tile: the head dimension of Q and K that the kernel is compiled for.
         head_dim_v_tile: that of V.
         smem_bytes: shared memory of a block.
@@ -53,6 +55,7 @@ class Explanation:
     tile_n: int
     stages: int
     num_consumers: int
+    cluster: int
     head_dim_tile: int
     head_dim_v_tile: int
     smem_bytes: int

@@ -122,6 +122,35 @@ void choices_of_the_16_bit_kernel_are_refused_in_fp8() {
   }
 }
 
+// A full and an empty barrier a buffer, and in a cluster one more for K's and V's.
+void barriers_are_counted_one_by_one() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    ForwardConfig config = make_forward_config(row.key);
+    config.cluster = 1;
+    const int alone = barrier_bytes(config);
+    config.cluster = 2;
+    int more = 0;
+    for (int stage = 0; stage < config.stages; ++stage) more += 8 + 8;
+    CHECK(barrier_bytes(config) == alone + more && more % 16 == 0);
+  }
+}
+
+void clusters_are_refused_where_nothing_is_shared() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    ForwardConfig config = make_forward_config(row.key);
+    CHECK(config_error(config) == nullptr);
+    for (int cluster : {-1, 0, 3, 4}) {
+      config.cluster = cluster;
+      CHECK(config_error(config) == std::string("cluster: 1 or 2 blocks"));
+    }
+    config.cluster = 2;
+    const bool may = !is_fp8(row.key.dtype) && row.key.mask == MaskKind::kFull;
+    CHECK((config_error(config) == nullptr) == may);
+  }
+}
+
 // The pair with the fewest columns among those that hold the request.
 HeadDims smallest_by_search(Dtype dtype, int head_dim, int head_dim_v) {
   HeadDims best{0, 0};
@@ -154,6 +183,8 @@ int main() {
   registers_stay_within_the_file_before_and_after_the_split();
   shared_memory_holds_every_tensor_and_barrier();
   choices_of_the_16_bit_kernel_are_refused_in_fp8();
+  barriers_are_counted_one_by_one();
+  clusters_are_refused_where_nothing_is_shared();
   a_request_runs_in_the_smallest_head_dims_that_hold_it();
   return check::result();
 }

@@ -70,6 +70,19 @@ void blocks_are_the_seen_and_the_wholly_seen(const Case& c, const Mask& mask, in
   }
 }
 
+// Without a mask every row has the same blocks, so a tile that has no row may have them, too.
+void without_a_mask_all_rows_see_all_blocks(const Case& c, const Mask& mask, int tile_m,
+                                            int tile_n) {
+  if (!mask.full()) return;
+  const BlockRange all = all_key_blocks(mask, tile_n);
+  CHECK(all.begin == 0 && all.end * tile_n >= c.seqlen_k && (all.end - 1) * tile_n < c.seqlen_k);
+  for (int begin = 0; begin < c.seqlen_q; begin += tile_m) {
+    const int end = begin + tile_m < c.seqlen_q ? begin + tile_m : c.seqlen_q;
+    const BlockRange seen = key_blocks(mask, begin, end, tile_n);
+    CHECK(seen.begin == all.begin && seen.end == all.end);
+  }
+}
+
 // The same from the keys' side.
 void keys_are_seen_by_what_the_definition_says(const Case& c, const Mask& mask) {
   for (int key = 0; key < c.seqlen_k; ++key) {
@@ -119,6 +132,8 @@ void small_problems_by_brute_force() {
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 4, 3);
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 2, 4);
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 1, 1);
+            without_a_mask_all_rows_see_all_blocks(c, mask, 4, 3);
+            without_a_mask_all_rows_see_all_blocks(c, mask, 1, 4);
             keys_are_seen_by_what_the_definition_says(c, mask);
             query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 4, 3);
             query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 2, 4);

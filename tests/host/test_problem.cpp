@@ -5,6 +5,7 @@
 #include <limits>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 #include "forward/problem.h"
@@ -249,6 +250,53 @@ void the_grid_is_the_device_less_the_margin_or_the_tiles() {
   CHECK(plan.grid == (300 + plan.config.tile_m() - 1) / plan.config.tile_m());
 }
 
+// Tiles that the busiest block has, one after the other.
+int rounds(const ForwardPlan& plan) {
+  std::vector<int> tiles(plan.grid, 0);
+  for (int block = 0; block < plan.grid; ++block) {
+    for (int i = block / plan.cluster; i < plan.order.num_tiles(); i += plan.grid / plan.cluster) {
+      ++tiles[block];
+    }
+  }
+  return *std::max_element(tiles.begin(), tiles.end());
+}
+
+void blocks_share_loads_where_no_tile_has_to_wait_for_it() {
+  Args args = valid_args();
+  args.head_dim = args.head_dim_v = 256;
+  bool alone = false, together = false;
+  for (int num_sms : {1, 2, 7, 16, 78, 114, 132}) {
+    for (int heads : {1, 3, 8, 40, 132}) {
+      for (int seqlen : {1, 128, 129, 300, 385, 512, 640, 1281, 4096}) {
+        check::context = std::to_string(num_sms) + " multiprocessors, " + std::to_string(heads) +
+                         " heads, " + std::to_string(seqlen) + " rows";
+        args.heads = args.heads_kv = heads;
+        args.seqlen_q = seqlen;
+        const ForwardPlan plan = plan_of(args, num_sms);
+        const int m_blocks = (seqlen + 127) / 128, tiles = m_blocks * heads * args.batch;
+        CHECK(plan.config.cluster == 2 && plan.num_tiles == tiles);
+        CHECK(plan.cluster == 1 || plan.cluster == 2);
+        CHECK(plan.grid >= 1 && plan.grid <= num_sms && plan.grid % plan.cluster == 0);
+        CHECK(plan.order.num_tiles() * plan.cluster >= tiles);
+        CHECK(rounds(plan) == (tiles + num_sms - 1) / num_sms);
+        const bool even = m_blocks % 2 == 0 && num_sms % 2 == 0;
+        if (even) CHECK(plan.cluster == 2);
+        if (m_blocks == 1 || num_sms == 1) CHECK(plan.cluster == 1);
+        (plan.cluster == 1 ? alone : together) = true;
+        args.sm_margin = 2;
+        CHECK(plan_of(args, num_sms).cluster == 1);
+        args.sm_margin = 0;
+      }
+    }
+  }
+  check::context = "both kinds";
+  CHECK(alone && together);
+  check::context = "with a mask";
+  args.seqlen_q = 4096;
+  args.causal = 1;
+  CHECK(plan_of(args).cluster == 1);
+}
+
 void packed_batches_have_kernels_of_their_own() {
   Args args = valid_args();
   args.packed = 1;
@@ -294,6 +342,7 @@ int main() {
   what_is_never_read_is_not_checked();
   plain_scores_take_the_kernel_without_a_mask();
   the_grid_is_the_device_less_the_margin_or_the_tiles();
+  blocks_share_loads_where_no_tile_has_to_wait_for_it();
   packed_batches_have_kernels_of_their_own();
   too_many_tiles_are_refused();
   return check::result();

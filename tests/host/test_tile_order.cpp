@@ -85,6 +85,47 @@ void orders_by_brute_force() {
   }
 }
 
+// What the blocks of a static grid take, as scheduler.cuh has them: every tile once, a cluster's
+// blocks neighbouring ones of one head, and one tile past a head's end where they are odd.
+void clusters_share_the_tiles_out(int m_blocks, int heads, int batch, int cluster, int clusters) {
+  const int groups = (m_blocks + cluster - 1) / cluster;
+  const TileOrder order = make_tile_order(groups, heads, batch, 1, false, 0, 1);
+  std::set<std::tuple<int, int, int>> seen;
+  int past = 0;
+  for (int block = 0; block < clusters * cluster; ++block) {
+    const int first = block - block % cluster;  // of its cluster
+    for (int i = block / cluster; i < order.num_tiles(); i += clusters) {
+      const WorkTile tile = cluster_tile(order, i, cluster, block);
+      const WorkTile beside = cluster_tile(order, i, cluster, first);
+      CHECK(tile.head == beside.head && tile.batch == beside.batch);
+      CHECK(tile.m_block == beside.m_block + (block - first));
+      CHECK(tile.head >= 0 && tile.head < heads && tile.batch >= 0 && tile.batch < batch);
+      past += tile.m_block >= m_blocks;
+      CHECK(tile.m_block >= 0 && tile.m_block < groups * cluster);
+      CHECK(seen.insert({tile.m_block, tile.head, tile.batch}).second);
+    }
+  }
+  CHECK(past == (groups * cluster - m_blocks) * heads * batch);
+  CHECK(static_cast<int>(seen.size()) == groups * cluster * heads * batch);
+}
+
+void clusters_by_brute_force() {
+  for (int m_blocks = 1; m_blocks <= 7; ++m_blocks) {
+    for (int heads = 1; heads <= 4; ++heads) {
+      for (int batch = 1; batch <= 3; ++batch) {
+        for (int cluster = 1; cluster <= 2; ++cluster) {
+          for (int clusters = 1; clusters <= 9; ++clusters) {
+            check::context = std::to_string(m_blocks) + " blocks, " + std::to_string(heads) +
+                             " heads, batch " + std::to_string(batch) + ", " +
+                             std::to_string(clusters) + " clusters of " + std::to_string(cluster);
+            clusters_share_the_tiles_out(m_blocks, heads, batch, cluster, clusters);
+          }
+        }
+      }
+    }
+  }
+}
+
 // As few groups as there can be, and none larger than another by more than a KV head.
 void groups_are_few_and_equal() {
   for (int heads_kv = 0; heads_kv <= 40; ++heads_kv) {
@@ -169,6 +210,7 @@ void empty_problems_have_no_tiles() {
 
 int main() {
   orders_by_brute_force();
+  clusters_by_brute_force();
   groups_are_few_and_equal();
   groups_fit_in_l2();
   multiprocessors_end_together();

@@ -17,6 +17,7 @@ ANSWER = {
     "tile_n": 128,
     "stages": 2,
     "num_consumers": 3,
+    "cluster": 1,
     "head_dim_tile": 64,
     "head_dim_v_tile": 64,
     "smem_bytes": 200000,
