@@ -236,11 +236,12 @@ Status check_forward_tensors(const hopper_attention_forward_args& a) {
 // How many blocks share their loads. All tiles take the same time: where as many clusters as fit
 // take more rounds than blocks that are alone (where the last tile of each head has no partner, or
 // where multiprocessors are odd), they cost more than they gain. A head's only tile has nobody to
-// share with. And multiprocessors that others hold (sm_margin) may leave a cluster no room on its
-// GPC until the end.
-static int blocks_together(const ForwardConfig& config, std::int64_t m_blocks, std::int64_t heads,
-                           int num_sms, int sm_margin) {
-  if (!is_clustered(config) || m_blocks < 2 || num_sms < config.cluster || sm_margin > 0) return 1;
+// share with, and with few keys the two wait for each other more than they gain. Multiprocessors
+// that others hold (sm_margin) may leave a cluster no room on its GPC until the end.
+static int blocks_together(const ForwardConfig& config, std::int64_t m_blocks,
+                           std::int64_t seqlen_k, std::int64_t heads, int num_sms, int sm_margin) {
+  if (!is_clustered(config) || m_blocks < 2 || seqlen_k < kClusterKeys) return 1;
+  if (num_sms < config.cluster || sm_margin > 0) return 1;
   const auto ceil_div = [](std::int64_t a, std::int64_t b) { return (a + b - 1) / b; };
   const std::int64_t alone = ceil_div(m_blocks * heads, num_sms);
   const std::int64_t together =
@@ -268,9 +269,9 @@ static Status plan_tiles(const hopper_attention_forward_args& args, int num_sms,
   if (args.packed) {
     plan->packed_order = make_packed_order(args.seqlen_k, args.heads, heads_per_kv, bytes_per_key);
   } else {
-    plan->cluster =
-        blocks_together(plan->config, m_blocks, static_cast<std::int64_t>(args.batch) * args.heads,
-                        num_sms, args.sm_margin);
+    plan->cluster = blocks_together(plan->config, m_blocks, args.seqlen_k,
+                                    static_cast<std::int64_t>(args.batch) * args.heads, num_sms,
+                                    args.sm_margin);
     plan->order = make_tile_order(args.seqlen_q, args.heads, args.batch, plan->cluster * tile_m,
                                   longest_first, args.seqlen_k * bytes_per_key, heads_per_kv);
   }

@@ -6,11 +6,12 @@ from checking import DEVICE, DTYPES, Problem, attention, check, name
 
 import hopper_attention
 
-# The kernels that can: (head_dim, head_dim_v), and keys enough for the kernel without a mask.
-KEYS = {(128, 128): 4361, (192, 128): 700, (192, 192): 700, (256, 256): 700}
+# The kernels that can: (head_dim, head_dim_v), and keys enough for it and for those kernels.
+KEYS = {(96, 96): 1111, (128, 128): 4361, (192, 128): 1111, (192, 192): 1111, (256, 256): 1111}
 TILE = pytest.mark.parametrize("tile", KEYS, ids=name)
 
-# By the tiles of 128 rows a head: one, two, two or four with few rows in the last, three.
+# By the tiles of 128 rows a head (d96 has 192): one, two, two or four with few rows in the last,
+# three.
 SIZES = {
     "one row": {"seqlen_q": 1},
     "one tile": {"seqlen_q": 128},
@@ -70,8 +71,8 @@ def test_clusters_beside_a_kernel_that_holds_multiprocessors(tile):
     torch.cuda.current_stream().wait_stream(side)
 
 
-@pytest.mark.parametrize("tile", [(192, 128), (192, 192), (256, 256)], ids=name)
-@pytest.mark.parametrize("seqlen_k", [0, 1, 79, 80, 81, 160, 161, 400])
-def test_few_keys(seqlen_k, tile):
+@pytest.mark.parametrize("tile", [(96, 96), (192, 128), (192, 192), (256, 256)], ids=name)
+@pytest.mark.parametrize("seqlen_k", [0, 1, 80, 400, 1023, 1024, 1025, 1120, 1121, 1151])
+def test_ends_of_keys(seqlen_k, tile):
     for seqlen_q in (129, 300):
         check(*problem(tile, seqlen_q=seqlen_q).but(seqlen_k=seqlen_k).inputs())

@@ -264,6 +264,7 @@ int rounds(const ForwardPlan& plan) {
 void blocks_share_loads_where_no_tile_has_to_wait_for_it() {
   Args args = valid_args();
   args.head_dim = args.head_dim_v = 256;
+  args.seqlen_k = kClusterKeys;
   bool alone = false, together = false;
   for (int num_sms : {1, 2, 7, 16, 78, 114, 132}) {
     for (int heads : {1, 3, 8, 40, 132}) {
@@ -291,8 +292,13 @@ void blocks_share_loads_where_no_tile_has_to_wait_for_it() {
   }
   check::context = "both kinds";
   CHECK(alone && together);
-  check::context = "with a mask";
+  check::context = "few keys";
   args.seqlen_q = 4096;
+  CHECK(plan_of(args).cluster == 2);
+  args.seqlen_k = kClusterKeys - 1;
+  CHECK(plan_of(args).cluster == 1);
+  check::context = "with a mask";
+  args.seqlen_k = 4096;
   args.causal = 1;
   CHECK(plan_of(args).cluster == 1);
 }
