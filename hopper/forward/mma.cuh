@@ -98,8 +98,8 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
 
   auto wait_k = [&] { barriers.k_full[k_ring.stage].wait(k_ring.phase); };
   constexpr bool kFreeFirst = Traits::kConfig.free_first;
-  auto score = [&](bool turn) {
-    if (turn) turns.wait();
+  auto score = [&] {
+    turns.wait();
     issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, k_ring.stage), rS);
   };
   auto release_k = [&](bool always) {
@@ -127,15 +127,15 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     }
   };
   auto release_q = [&] { arrive_warp(barriers.q_empty[consumer]); };
-  auto prepare_scores = [&](int n_block) {
+  auto prepare_scores = [&](auto& s, int n_block) {
     if constexpr (Traits::kMasked) {
-      if (params.transform_scores) transform_scores(rS, params);
+      if (params.transform_scores) transform_scores(s, params);
     }
     constexpr bool kByBits = Traits::kConfig.mask_by_bits;
     if constexpr (Traits::kPacked) {  // the mask of this sequence, anew: registers are short
-      mask_scores<false, kByBits>(rS, sink.mask(params, barriers), row, n_block, Traits::kTileN);
+      mask_scores<false, kByBits>(s, sink.mask(params, barriers), row, n_block, Traits::kTileN);
     } else {
-      mask_scores<!Traits::kMasked, kByBits>(rS, params.mask, row, n_block, Traits::kTileN);
+      mask_scores<!Traits::kMasked, kByBits>(s, params.mask, row, n_block, Traits::kTileN);
     }
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
@@ -150,14 +150,14 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   // is masked or transformed, as holds for all but a few; a body of its own spares it the branches.
   auto step = [&](int n_block, auto kPlain) {
     if constexpr (kSchedule != Schedule::kBetweenRows) wait_k();
-    score(true);
+    score();
     if constexpr (Traits::kConfig.late_rescale) rescale();
     add_values();
     turns.pass();
     warpgroup_wait<1>();  // the scores; the values are still being multiplied
     warpgroup_fence_operand(rS);
     if constexpr (!kHoldsByRelease) release_k(true);
-    if constexpr (!kPlain) prepare_scores(n_block);
+    if constexpr (!kPlain) prepare_scores(rS, n_block);
     // A warp gets 4 exponentials a cycle; the maxima, the rescale of O and the conversion of P fill
     // the gaps. Left alone, ptxas moves the wait for P V up to the last arrival, shuffle or branch
     // before it, and softmax and P V run one after the other. The schedules below put one of these
@@ -208,17 +208,39 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     return;
   }
   wait_k();
-  score(!kFreeFirst);
-  if constexpr (!kFreeFirst) turns.pass();
-  warpgroup_wait<0>();
-  release_k(true);
-  if (own.end > plain.end) prepare_scores(own.end - 1);
-  CUTE_UNROLL
-  for (int r = 0; r < kRowsPerThread; ++r) {  // O is still zero
-    softmax.template take_maximum<Traits::kMasked>(softmax.thread_max(rS, r), r);
-    softmax.template exponentiate<kAlphaFirst>(rS, r);
+  // The first block, of which s has the scores of all keys or of the first that k holds.
+  auto begin = [&](auto& mma, auto const& k, auto& s) {
+    if constexpr (!kFreeFirst) turns.wait();
+    issue_product<true>(mma, tSrQ, k(_, _, _, k_ring.stage), s);
+    if constexpr (!kFreeFirst) turns.pass();
+    warpgroup_wait<0>();
+    release_k(true);
+    if (own.end > plain.end) prepare_scores(s, own.end - 1);
+    CUTE_UNROLL
+    for (int r = 0; r < kRowsPerThread; ++r) {  // O is still zero
+      softmax.template take_maximum<Traits::kMasked>(softmax.thread_max(s, r), r);
+      softmax.template exponentiate<kAlphaFirst>(s, r);
+    }
+    convert_probabilities<Element>(s, rP);
+    CUTE_UNROLL
+    for (int i = size(s); i < size(rP); ++i) rP(i) = Element(0.0f);
+  };
+  if constexpr (Traits::kConfig.narrow_first) {
+    if (ends_within(mask, row_end, own.end - 1, Traits::kTileN, kNarrowKeys)) {
+      typename Traits::MmaNarrow mma_narrow;
+      using Keys = typename Traits::NarrowN;
+      Tensor sNarrow =
+          local_tile(sK, make_tile(Keys{}, typename Traits::D{}), make_coord(_0{}, _0{}));
+      Tensor tSrNarrow = mma_narrow.get_thread_slice(0).partition_fragment_B(sNarrow);
+      auto layout = partition_fragment_C(mma_narrow, Shape<typename Traits::M, Keys>{}).layout();
+      Tensor rNarrow = make_tensor(rS.data(), layout);  // the same registers
+      begin(mma_narrow, tSrNarrow, rNarrow);
+    } else {
+      begin(mma_qk, tSrK, rS);
+    }
+  } else {
+    begin(mma_qk, tSrK, rS);
   }
-  convert_probabilities<Element>(rS, rP);
 
   if (kSchedule == Schedule::kBetweenRows && own.end - 1 > own.begin) wait_k();
 

@@ -43,6 +43,7 @@ struct ForwardTraits {
 
   using M = cute::Int<kConsumerRows>;
   using N = cute::Int<kTileN>;
+  using NarrowN = cute::Int<kConfig.narrow_first ? kNarrowKeys : kTileN>;
   using D = cute::Int<kHeadDim>;
   using Dv = cute::Int<kHeadDimV>;
 
@@ -64,6 +65,8 @@ struct ForwardTraits {
 
   using MmaQK = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<M, N, D>>()));
+  using MmaNarrow = decltype(cute::make_tiled_mma(
+      cute::GMMA::ss_op_selector<Element, Element, float, cute::Shape<M, NarrowN, D>>()));
   using MmaPV = decltype(cute::make_tiled_mma(
       cute::GMMA::rs_op_selector<Element, Element, float, cute::Shape<M, Dv, N>,
                                  cute::GMMA::Major::K, cute::GMMA::Major::MN>()));

@@ -43,6 +43,12 @@ HOPPER_ATTENTION_HD constexpr bool takes_turn(BlockRange blocks, BlockRange own,
   return n_block != (own.empty() ? blocks.end : own.end) - 1;
 }
 
+// Whether rows before row_end see no key of key block n_block but its first num_keys.
+HOPPER_ATTENTION_HD constexpr bool ends_within(const Mask& mask, int row_end, int n_block,
+                                               int tile_n, int num_keys) {
+  return mask.end_key(row_end - 1) - n_block * tile_n <= num_keys;  // limits rise with the row
+}
+
 // Query blocks of tile_m rows with a row that sees any key in [key_begin, key_end).
 HOPPER_ATTENTION_HD constexpr BlockRange query_blocks(const Mask& mask, int key_begin, int key_end,
                                                       int tile_m) {

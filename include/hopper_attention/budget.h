@@ -149,13 +149,16 @@ constexpr const char* config_error(const ForwardConfig& config) {
   if (config.tile_n % 16 != 0 || config.tile_n > 256)
     return "tile_n: a multiple of 16, at most 256";
   const bool fp8 = is_fp8(config.key.dtype);
+  const bool full = config.key.mask == MaskKind::kFull;
   if (fp8 && config.tile_n != 64 && config.tile_n != 128) return "tile_n: 64 or 128 in e4m3";
   const bool fp8_choice =
       config.v_parts != 1 || !config.overlap_products || config.exp2_by_fma != 0;
   if (!fp8 && fp8_choice) return "a choice of e4m3 alone";
-  if (fp8 &&
-      (config.late_rescale || config.mask_by_bits || config.alpha_first || config.free_first))
-    return "a choice of 16 bits alone";
+  const bool bits16_choice = config.late_rescale || config.mask_by_bits || config.alpha_first ||
+                             config.free_first || config.narrow_first;
+  if (fp8 && bits16_choice) return "a choice of 16 bits alone";
+  if (config.narrow_first && (full || config.tile_n <= kNarrowKeys))
+    return "narrow_first: with a mask, and tile_n above 64";
   if (config.exp2_by_fma < 0 || config.exp2_by_fma > config.tile_n / 4)
     return "exp2_by_fma: 0 to the exponentials of a row in a thread";
   if (config.ping_pong && config.exp_turns) return "one kind of turns";

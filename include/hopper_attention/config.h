@@ -6,6 +6,9 @@
 namespace hopper_attention {
 
 inline constexpr int kConsumerRows = 64;  // query rows of one consumer warpgroup (WGMMA's M)
+// Keys of a narrow first block: under a causal mask of equal lengths, a consumer's rows end at a
+// multiple of these, so that blocks of 64 keys have no use for it.
+inline constexpr int kNarrowKeys = kConsumerRows;
 
 // Where, within the next block's softmax, a consumer waits for P V. A thread has two rows.
 enum class Schedule : int {
@@ -34,6 +37,8 @@ struct ForwardConfig {
   bool mask_by_bits = false;  // a row's seen keys as bits of a word: shorter code at a mask's edges
   bool alpha_first = false;   // O's factor ahead of the exponentials, to rescale O under them
   bool free_first = false;    // with turns: a tile's first product of a consumer waits for none
+  // S of a tile's first block (its last) has kNarrowKeys keys where a consumer sees no more of it.
+  bool narrow_first = false;
   int cluster = 1;  // blocks, of neighbouring query tiles of a head, that share loads of K and V
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
@@ -132,7 +137,7 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
   //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits, alpha first,
-  //  first block without a turn}
+  //  first block without a turn, narrow first block}
   switch (key.head_dim) {
     case 64:
       if (key.mask == MaskKind::kShort) {
@@ -144,15 +149,18 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                         "three consumers hide exp2; without ping-pong 4 to 9% slower", true, 1,
                         false, 0, true}
         : ForwardConfig{key, 128, 2, 3, true, kAfterMaxima, false,
-                        "three consumers hide exp2; waiting after half a row is 4% slower", true, 1,
-                        false, 0, false, true, true};
+                        "three consumers hide exp2; waiting after half a row is 4% slower; a first "
+                        "block of all keys costs 2%", true, 1, false, 0, false, true, true, false,
+                        true};
     case 96:
       return full
         ? in_clusters({key, 112, 2, 3, true, kAfterRow, false,
                        "three consumers: S 56, P 28 and O 48 registers of 160; in clusters 3% at "
                        "the power limit"})
         : ForwardConfig{key, 96, 2, 3, true, kAfterMaxima, false,
-                        "three consumers: S 48, P 24 and O 48 registers of 160; 112 keys spill"};
+                        "three consumers: S 48, P 24 and O 48 registers of 160; 112 keys spill; a "
+                        "first block of all keys costs 3 to 4% up to 1024", true, 1, false, 0,
+                        false, false, false, false, true};
     case 128:
       return full
         ? in_clusters({key, 176, 2, 2, true, kRowByRow, true,

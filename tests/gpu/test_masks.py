@@ -2,7 +2,20 @@
 
 import pytest
 import torch
-from checking import DTYPES, Problem, attention, check, largest_error, name
+from checking import (
+    DTYPES,
+    ERROR_FACTOR,
+    ERROR_SLACK,
+    Problem,
+    attention,
+    check,
+    largest_error,
+    name,
+    same_precision,
+)
+
+import hopper_attention
+from hopper_attention import reference
 
 HEAD_DIM = pytest.mark.parametrize("head_dim", [64, 128, 256])
 LENGTHS = [(200, 200), (333, 500), (500, 333), (64, 1000), (129, 130), (700, 64)]
@@ -49,6 +62,41 @@ def test_long_windows_skip_what_they_do_not_see():
     problem = Problem(batch=1, heads=4, heads_kv=1, seqlen_q=3000, seqlen_k=5000)
     for window in ((128, 0), (1000, 100), (0, 2000)):
         check(*problem.inputs(), window_size=window)
+
+
+# A tile begins with the last block that it sees, and with 64 keys of it where that is enough. Rows
+# see more keys than d64's kernel of few keys takes; of the last block 1, 63, 64, 65, all but one or
+# all.
+FIRST_BLOCKS = [
+    *[{"causal": True}, {"causal": True, "softcap": 5.0}, {"causal": True, "softmax_scale": -0.1}],
+    *[{"window_size": (1100, 0)}, {"window_size": (1050, 70)}, {"window_size": (-1, 30)}],
+]
+
+
+@pytest.mark.parametrize("options", FIRST_BLOCKS, ids=name)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_first_blocks_of_which_few_or_many_keys_are_seen(head_dim, dtype, options):
+    sizes = Problem(seqlen_q=333, head_dim=head_dim, heads=4, heads_kv=2, dtype=dtype)
+    for seqlen_k in (1281, 1343, 1344, 1345, 1407, 1408, 1409, 1535):
+        inputs = sizes.but(seqlen_k=seqlen_k).inputs()
+        assert hopper_attention.explain(*inputs, **options).mask == "masked"
+        check(*inputs, **options)
+    for seqlen_q, seqlen_k in ((1600, 1300), (1300, 1600), (2, 1345), (1500, 1500)):
+        check(*sizes.but(seqlen_q=seqlen_q, seqlen_k=seqlen_k).inputs(), **options)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_first_blocks_with_a_sink(head_dim):
+    for seqlen_k in (1281, 1344, 1345, 1408):
+        inputs = Problem(seqlen_q=333, seqlen_k=seqlen_k, head_dim=head_dim).inputs()
+        sink = torch.tensor([-3.0, 4.0, 9.0], device="cuda")
+        out, lse = attention(*inputs, causal=True, learnable_sink=sink)
+        exact, exact_lse = reference.attention(*inputs, causal=True, learnable_sink=sink)
+        without, _ = reference.attention(*inputs, causal=True)
+        usual = largest_error(same_precision(*inputs, causal=True), without)
+        assert largest_error(out, exact) <= ERROR_FACTOR * usual + ERROR_SLACK
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-4)
 
 
 def test_a_window_that_reaches_everything_is_no_mask():

@@ -151,6 +151,17 @@ void clusters_are_refused_where_nothing_is_shared() {
   }
 }
 
+// A narrow first block is one of the blocks of a mask's kernel, and narrower than they are.
+void narrow_first_blocks_are_refused_where_they_have_no_use() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    ForwardConfig config = make_forward_config(row.key);
+    config.narrow_first = true;
+    const bool masked = !is_fp8(row.key.dtype) && row.key.mask != MaskKind::kFull;
+    CHECK((config_error(config) == nullptr) == (masked && config.tile_n > 64));
+  }
+}
+
 // The pair with the fewest columns among those that hold the request.
 HeadDims smallest_by_search(Dtype dtype, int head_dim, int head_dim_v) {
   HeadDims best{0, 0};
@@ -185,6 +196,7 @@ int main() {
   choices_of_the_16_bit_kernel_are_refused_in_fp8();
   barriers_are_counted_one_by_one();
   clusters_are_refused_where_nothing_is_shared();
+  narrow_first_blocks_are_refused_where_they_have_no_use();
   a_request_runs_in_the_smallest_head_dims_that_hold_it();
   return check::result();
 }

@@ -83,6 +83,28 @@ void without_a_mask_all_rows_see_all_blocks(const Case& c, const Mask& mask, int
   }
 }
 
+// A tile's first block is its rightmost, of which its rows may see the left part only.
+void the_last_block_ends_within_its_seen_keys(const Case& c, const Mask& mask, int tile_m,
+                                              int tile_n) {
+  for (int begin = 0; begin < c.seqlen_q; begin += tile_m) {
+    const int end = begin + tile_m < c.seqlen_q ? begin + tile_m : c.seqlen_q;
+    const BlockRange range = key_blocks(mask, begin, end, tile_n);
+    if (range.empty()) continue;
+    for (int num_keys = 1; num_keys <= tile_n; ++num_keys) {
+      bool beyond = false;
+      for (int row = begin; row < end; ++row) {
+        for (int i = num_keys; i < tile_n; ++i) {
+          beyond = beyond || sees(c, row, (range.end - 1) * tile_n + i);
+        }
+      }
+      CHECK(ends_within(mask, end, range.end - 1, tile_n, num_keys) == !beyond);
+    }
+    // Where some keys of that block are left out, the others are masked: no row sees it whole.
+    const bool narrow = ends_within(mask, end, range.end - 1, tile_n, tile_n - 1);
+    CHECK(!narrow || range.end > plain_blocks(mask, begin, end, tile_n).end);
+  }
+}
+
 // The same from the keys' side.
 void keys_are_seen_by_what_the_definition_says(const Case& c, const Mask& mask) {
   for (int key = 0; key < c.seqlen_k; ++key) {
@@ -134,6 +156,8 @@ void small_problems_by_brute_force() {
             blocks_are_the_seen_and_the_wholly_seen(c, mask, 1, 1);
             without_a_mask_all_rows_see_all_blocks(c, mask, 4, 3);
             without_a_mask_all_rows_see_all_blocks(c, mask, 1, 4);
+            the_last_block_ends_within_its_seen_keys(c, mask, 4, 3);
+            the_last_block_ends_within_its_seen_keys(c, mask, 2, 4);
             keys_are_seen_by_what_the_definition_says(c, mask);
             query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 4, 3);
             query_blocks_are_the_seeing_and_the_wholly_seeing(c, mask, 2, 4);
