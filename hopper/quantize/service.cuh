@@ -79,9 +79,6 @@ __device__ inline std::uint32_t load_acquire(const std::uint32_t* from) {
   return value;
 }
 
-// What this thread knows of has been written, before what it writes next; and the other way round.
-__device__ inline void fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
-
 // Adds 1 after all that this thread knows of has been written, and returns what was there.
 __device__ inline std::uint32_t count(std::uint32_t* to) {
   std::uint32_t before;
@@ -89,44 +86,38 @@ __device__ inline std::uint32_t count(std::uint32_t* to) {
   return before;
 }
 
+// The same for those who need no answer.
+__device__ inline void announce(std::uint32_t* to) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(to) : "memory");
+}
+
 __device__ inline int blocks_of(int seqlen) {
   return (seqlen + kQuantizeTokens - 1) / kQuantizeTokens;
 }
 
-// Whether all that a task must know is there. What it counts is tiles of the packed sequences
-// together: whatever cu_seqlens holds, they all come, and nobody waits forever.
+// Whether all that a task must know is there. Called by a whole warp. What it counts is tiles of
+// the packed sequences together: whatever cu_seqlens holds, they all come, and nobody waits
+// forever.
 __device__ inline bool is_given(const QuantizeParams& params, const Task& task) {
   const QuantizeTensor& tensor = params.tensors[task.which];
-  const auto slots = static_cast<std::uint32_t>(tensor.slots);
-  if (task.given_scale(tensor)) {
-    const bool whole = tensor.scale == ScaleKind::kTensor;
-    const auto all = whole ? static_cast<std::uint32_t>(tensor.order.num_tiles) : slots;
-    if (load_acquire(task.tiles_measured(tensor)) < all) return false;
+  bool given = true;
+  if (thread_idx() % 32 == 0) {
+    const auto slots = static_cast<std::uint32_t>(tensor.slots);
+    if (task.given_scale(tensor)) {
+      const bool whole = tensor.scale == ScaleKind::kTensor;
+      const auto all = whole ? static_cast<std::uint32_t>(tensor.order.num_tiles) : slots;
+      given = load_acquire(tensor.measured + (whole ? 0 : task.dense_group(tensor))) >= all;
+    }
+    if (given && task.subtracts_mean(params)) {
+      given = load_acquire(params.k_summed + task.dense_group(tensor)) >= slots;
+    }
+    if (given && task.finishes_factors(params)) {
+      const QuantizeTensor& v = params.tensors[kV];
+      given = load_acquire(v.measured + task.dense_group(v)) >= slots;
+    }
   }
-  if (task.subtracts_mean(params)) {
-    if (load_acquire(params.k_summed + task.dense_group(tensor)) < slots) return false;
-  }
-  if (task.finishes_factors(params)) {
-    const QuantizeTensor& v = params.tensors[kV];
-    if (load_acquire(v.measured + task.dense_group(v)) < slots) return false;
-  }
-  return true;
-}
-
-// A given scale, by one thread; the first task of a sequence writes it.
-template <class Shape>
-__device__ void fetch_scale(const QuantizeParams& params, typename Shape::Slot& slot) {
-  const Task& task = slot.task;
-  const QuantizeTensor& tensor = params.tensors[task.which];
-  if (!task.given_scale(tensor)) return;
-  const std::int64_t group = task.scale_group(tensor);
-  const std::uint32_t infinite = __ldcg(tensor.infinite + group);
-  if (tensor.scale != ScaleKind::kChannel) {
-    const float amax = __uint_as_float(__ldcg(tensor.amax + group));
-    slot.inverse = inverse_of(amax);
-    if (task.first == 0) tensor.descale[task.group(tensor)] = descale_of(amax);
-  }
-  slot.given_infinite = static_cast<int>(infinite);
+  __syncwarp();
+  return __shfl_sync(kAllLanes, given, 0);
 }
 
 // Scales of channels: all loads are under way before the first is waited for.
@@ -187,21 +178,33 @@ __device__ inline void finish_factors(const QuantizeParams& params, const Task& 
   }
 }
 
-// What a task must know beside its scale, by a warp.
+// Brings it to shared memory; the first task of a sequence writes given scales.
 template <class Shape>
-__device__ void fetch_vectors(const QuantizeParams& params, typename Shape::Slot& slot) {
+__device__ void fetch_given(const QuantizeParams& params, typename Shape::Slot& slot) {
   const Task task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
-  if (task.given_scale(tensor) && tensor.scale == ScaleKind::kChannel) {
-    fetch_channels<Shape>(tensor, task, slot.values);
+  const int lane = thread_idx() % 32;
+  const std::int64_t group = task.group(tensor);
+  if (task.given_scale(tensor)) {
+    const std::uint32_t infinite = __ldcg(tensor.infinite + task.scale_group(tensor));
+    if (tensor.scale == ScaleKind::kChannel) {
+      fetch_channels<Shape>(tensor, task, slot.values);
+    } else {
+      const float amax = __uint_as_float(__ldcg(tensor.amax + task.scale_group(tensor)));
+      if (lane == 0) {
+        slot.inverse = inverse_of(amax);
+        if (task.first == 0) tensor.descale[group] = descale_of(amax);
+      }
+    }
+    if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
   }
   if (task.subtracts_mean(params)) fetch_mean<Shape>(params, task, slot.values);
   if (task.finishes_factors(params)) finish_factors(params, task);
 }
 
-// Raises what others raise too.
+// Raises what others raise too, and then counts the tile.
 template <class Shape>
-__device__ void send_amax(const QuantizeParams& params, const typename Shape::Slot& slot) {
+__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot) {
   const Task& task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
   const int lane = thread_idx() % 32;
@@ -217,19 +220,9 @@ __device__ void send_amax(const QuantizeParams& params, const typename Shape::Sl
     if (lane == 0) atomicMax(tensor.amax + group, bits);
   }
   if (lane == 0 && slot.infinite) atomicOr(tensor.infinite + group, 1u);
-}
-
-// K's sum over a block, which is not counted yet.
-__device__ inline float* partial_sum(const QuantizeParams& params, const Task& task) {
-  const QuantizeTensor& k = params.tensors[kK];
-  return params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
-}
-
-template <class Shape>
-__device__ void send_sum(const QuantizeParams& params, const typename Shape::Slot& slot) {
-  if (slot.task.rows <= 0) return;
-  float* to = partial_sum(params, slot.task);
-  for (int c = thread_idx() % 32; c < params.tensors[kK].head_dim; c += 32) to[c] = slot.result[c];
+  __syncwarp();
+  const bool whole = tensor.scale == ScaleKind::kTensor;
+  if (lane == 0) announce(tensor.measured + (whole ? 0 : task.dense_group(tensor)));
 }
 
 // The sum of `count` rows of floats that lie `stride` apart, 4 channels of them.
@@ -257,41 +250,42 @@ __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, f
   __syncwarp();
 }
 
-// The blocks of a sequence whose sums are added up with this one's.
-struct BlocksTogether {
-  int first, count;
-  __device__ explicit BlocksTogether(const Task& task) {
-    first = task.first / kQuantizeTokens / kMeanBlocks * kMeanBlocks;
-    count = min(blocks_of(task.seqlen) - first, kMeanBlocks);
-  }
-};
-
-// Adds up sums of blocks that are all there, by a warp. Whoever completes a sequence makes the
-// mean, in the same order as everyone would. Returns whether that was so.
-__device__ inline bool add_sums(const QuantizeParams& params, const Task& task, float* mean) {
+// Stores K's sum over a block. Whoever completes kMeanBlocks of a sequence adds those up, and
+// whoever completes the sequence makes the mean: always in the same order. Returns who did.
+template <class Shape>
+__device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
+                        float* mean) {
+  const Task task = slot.task;
   const QuantizeTensor& k = params.tensors[kK];
   const int lane = thread_idx() % 32, blocks = blocks_of(task.seqlen);
-  const BlocksTogether together(task);
-  float* of_sequence = partial_sum(params, task);
-  of_sequence -= static_cast<std::int64_t>(task.first / kQuantizeTokens) * k.head_dim;
-  float* partial = of_sequence + static_cast<std::int64_t>(together.first) * k.head_dim;
+  const int block = task.first / kQuantizeTokens, first = block / kMeanBlocks * kMeanBlocks;
+  const std::int64_t of_block = task.dense_group(k) * k.slots + task.slot;
+  float* partial = params.k_partial + of_block * k.head_dim;
+  for (int c = lane; c < k.head_dim; c += 32) partial[c] = slot.result[c];
+  const auto is_last = [&](std::uint32_t* counter, int of) {
+    __syncwarp();
+    std::uint32_t before = 0;
+    if (lane == 0) before = count(counter);
+    __syncwarp();
+    return __shfl_sync(kAllLanes, before, 0) + 1 == static_cast<std::uint32_t>(of);
+  };
+  const int together = min(blocks - first, kMeanBlocks);
+  if (!is_last(params.k_blocks_summed + of_block - (block - first), together)) return false;
+  partial -= static_cast<std::int64_t>(block - first) * k.head_dim;
   for (int c = 4 * lane; c < k.head_dim; c += 128) {
     double sum[4] = {};
-    add_up(partial + c, k.head_dim, together.count, sum);
+    add_up(partial + c, k.head_dim, together, sum);
     const float4 rounded = {static_cast<float>(sum[0]), static_cast<float>(sum[1]),
                             static_cast<float>(sum[2]), static_cast<float>(sum[3])};
     *reinterpret_cast<float4*>(partial + c) = rounded;
   }
   const std::int64_t group = task.group(k);
   const int sums = (blocks + kMeanBlocks - 1) / kMeanBlocks;
-  __syncwarp();
-  std::uint32_t before = 0;
-  if (lane == 0) before = count(params.k_sums_summed + group);
-  __syncwarp();
-  if (__shfl_sync(kAllLanes, before, 0) + 1 != static_cast<std::uint32_t>(sums)) return false;
+  if (!is_last(params.k_sums_summed + group, sums)) return false;
+  partial -= static_cast<std::int64_t>(first) * k.head_dim;
   for (int c = 4 * lane; c < k.head_dim; c += 128) {
     double sum[4] = {};
-    add_up(of_sequence + c, static_cast<std::int64_t>(kMeanBlocks) * k.head_dim, sums, sum);
+    add_up(partial + c, static_cast<std::int64_t>(kMeanBlocks) * k.head_dim, sums, sum);
     for (int n = 0; n < 4; ++n) mean[c + n] = static_cast<float>(sum[n] / task.seqlen);
   }
   __syncwarp();
@@ -301,133 +295,62 @@ __device__ inline bool add_sums(const QuantizeParams& params, const Task& task, 
     // Where the sum overflows, K stays as it is.
     params.k_mean[group * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
   }
-  __syncwarp();
   return true;
 }
 
-// Another lane's task; what sums need of it.
-__device__ inline Task task_of(const Task& mine, int lane) {
-  Task task = mine;
-  task.head = __shfl_sync(kAllLanes, mine.head, lane);
-  task.sequence = __shfl_sync(kAllLanes, mine.sequence, lane);
-  task.slot = __shfl_sync(kAllLanes, mine.slot, lane);
-  task.first = __shfl_sync(kAllLanes, mine.first, lane);
-  task.seqlen = __shfl_sync(kAllLanes, mine.seqlen, lane);
-  return task;
-}
-
-// Counts tiles whose maxima or sums have been sent, a lane each: behind one fence, since a fence
-// waits for all that was sent.
-__device__ inline void count_tiles(const QuantizeParams& params, const Task& mine, bool is_mine,
-                                   float* mean) {
-  __syncwarp();
-  fence();
-  const QuantizeTensor& tensor = params.tensors[is_mine ? mine.which : kV];
-  const bool sums = is_mine && mine.pass == QuantizePass::kSum;
-  if (is_mine && !sums) atomicAdd(mine.tiles_measured(tensor), 1u);
-  if (!__any_sync(kAllLanes, sums)) return;
-  bool completes = false;
-  if (sums && mine.rows > 0) {
-    const BlocksTogether together(mine);
-    const int after_first = mine.first / kQuantizeTokens - together.first;
-    const std::int64_t first = mine.dense_group(tensor) * tensor.slots + mine.slot - after_first;
-    const std::uint32_t before = atomicAdd(params.k_blocks_summed + first, 1u);
-    completes = before + 1 == static_cast<std::uint32_t>(together.count);
-  }
-  // The others' sums are released already, to who makes the mean.
-  if (sums && !completes) atomicAdd(params.k_summed + mine.dense_group(tensor), 1u);
-  unsigned left = __ballot_sync(kAllLanes, completes);
-  if (left == 0) return;
-  fence();
-  for (; left != 0; left &= left - 1) {
-    __syncwarp();
-    const Task task = task_of(mine, __ffs(left) - 1);
-    const bool made_mean = add_sums(params, task, mean);
-    if (thread_idx() % 32 != 0) continue;
-    if (made_mean) fence();
-    atomicAdd(params.k_summed + task.dense_group(params.tensors[kK]), 1u);
-  }
-  __syncwarp();
-}
-
-// A warp that follows the tasks twice: ahead of the workers, where it fetches what tasks must know
-// as soon as others have found it, and behind them, where it publishes what they found. It never
-// stops at a task that must wait, since what that one waits for may be its own to publish.
 template <class Shape>
-struct Service {
-  const QuantizeParams& params;
-  typename Shape::Shared& shared;
-  Ring<Shape::kSlots> ahead, behind;
-  int between = 0;  // tasks from behind to ahead
-  bool more = true;
-  Task sent;  // of this lane
-  int num_sent = 0;
-
-  // Fetches for all tasks that are there and may be fetched for; returns whether there were any.
-  __device__ bool fetch() {
-    const int lane = thread_idx() % 32;
-    int place = ahead.stage + lane;
-    const bool wraps = place >= Shape::kSlots;
-    if (wraps) place -= Shape::kSlots;
-    bool there = lane < Shape::kSlots - between;
-    if (there) there = shared.task_full[place].test_wait(ahead.phase ^ wraps);
-    const auto prefix = [](bool mine) { return __ffs(~__ballot_sync(kAllLanes, mine)) - 1; };
-    there = lane < prefix(there);
-    __syncwarp();
-    typename Shape::Slot& slot = shared.slots[there ? place : 0];
-    bool given = there && !slot.task.none() && is_given(params, slot.task);
-    const bool ends = there && slot.task.none();
-    const int count = prefix(given);
-    more = (__ballot_sync(kAllLanes, ends) >> count & 1) == 0;
-    if (count == 0) return false;
-    __syncwarp();
-    if (lane < count) fetch_scale<Shape>(params, slot);
-    for (int n = 0; n < count; ++n) {
-      fetch_vectors<Shape>(params, shared.slots[ahead.stage]);
-      ahead.advance();
+__device__ void publish_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
+                            float* mean) {
+  const bool made_mean = slot.task.rows > 0 && add_sum<Shape>(params, slot, mean);
+  __syncwarp();
+  if (thread_idx() % 32 == 0) {
+    std::uint32_t* summed = params.k_summed + slot.task.dense_group(params.tensors[kK]);
+    // The others' sums are released already, to who makes the mean.
+    if (made_mean) {
+      announce(summed);
+    } else {
+      atomicAdd(summed, 1u);
     }
-    __syncwarp();
-    if (lane < count) shared.given_full[place].arrive();
-    between += count;
-    return true;
   }
+}
 
-  // Sends what the workers found for the next task; returns whether there was one.
-  __device__ bool send() {
-    if (between == 0) return false;
-    auto& result = shared.result_full[behind.stage];
-    if (!__all_sync(kAllLanes, result.test_wait(behind.phase))) return false;
-    const typename Shape::Slot& slot = shared.slots[behind.stage];
-    const bool of_amax = slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params);
-    const bool of_sum = slot.task.pass == QuantizePass::kSum;
-    if (of_amax) send_amax<Shape>(params, slot);
-    if (of_sum) send_sum<Shape>(params, slot);
-    if (of_amax || of_sum) {
-      if (thread_idx() % 32 == num_sent) sent = slot.task;
-      ++num_sent;
-    }
-    __syncwarp();
-    arrive_warp(shared.task_empty[behind.stage]);
-    behind.advance();
-    --between;
-    return true;
-  }
-};
-
+// A warp that follows the tasks twice: ahead of the workers, where it fetches what a task must know
+// as soon as others have found it, and behind them. It never stops at a task that must wait, since
+// what that one waits for may be its own to publish.
 template <class Shape>
 __device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::Shared& shared) {
-  Service<Shape> service{params, shared};
-  while (service.more || service.between > 0 || service.num_sent > 0) {
-    const bool fetched = service.more && service.fetch();
-    const bool sent = service.send();
-    const bool idle = !fetched && !sent;
-    if (service.num_sent == 32 || (idle && service.num_sent > 0)) {
-      const bool is_mine = thread_idx() % 32 < service.num_sent;
-      count_tiles(params, service.sent, is_mine, shared.mean);
-      service.num_sent = 0;
-    } else if (idle) {
-      __nanosleep(50);
+  Ring<Shape::kSlots> ahead, behind;
+  int between = 0;  // tasks from behind to ahead
+  for (bool more = true; more || between > 0;) {
+    bool idle = true;
+    if (more && between < Shape::kSlots &&
+        __all_sync(kAllLanes, shared.task_full[ahead.stage].test_wait(ahead.phase))) {
+      typename Shape::Slot& slot = shared.slots[ahead.stage];
+      if (slot.task.none()) {
+        more = false;
+      } else if (is_given(params, slot.task)) {
+        fetch_given<Shape>(params, slot);
+        __syncwarp();
+        arrive_warp(shared.given_full[ahead.stage]);
+        ahead.advance();
+        ++between;
+        idle = false;
+      }
     }
+    if (between > 0 &&
+        __all_sync(kAllLanes, shared.result_full[behind.stage].test_wait(behind.phase))) {
+      const typename Shape::Slot& slot = shared.slots[behind.stage];
+      if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
+        publish_amax<Shape>(params, slot);
+      }
+      if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
+      __syncwarp();
+      arrive_warp(shared.task_empty[behind.stage]);
+      behind.advance();
+      --between;
+      idle = false;
+    }
+    if (idle) __nanosleep(50);
   }
 }
 

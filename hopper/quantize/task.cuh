@@ -52,10 +52,6 @@ struct Task {
   __device__ std::int64_t scale_group(const QuantizeTensor& tensor) const {
     return tensor.scale == ScaleKind::kTensor ? 0 : group(tensor);
   }
-  // Where its tiles are counted whose largest |x| is there.
-  __device__ std::uint32_t* tiles_measured(const QuantizeTensor& tensor) const {
-    return tensor.measured + (tensor.scale == ScaleKind::kTensor ? 0 : dense_group(tensor));
-  }
   __device__ bool subtracts_mean(const QuantizeParams& params) const {
     return which == kK && params.smooth_k && pass != QuantizePass::kSum;
   }
