@@ -104,12 +104,15 @@ __device__ void measure_amax(const QuantizeTensor& tensor, typename Shape::Slot&
     if (place.thread % 32 == 0) slot.result[place.thread / 32] = __uint_as_float(bits);
     return;
   }
+  // Raised here, by all warps: the serving warp only counts the tile.
   const std::uint32_t word = largest_of_lanes(largest);
-  if (place.thread % 4 == 0) {
-    float2 of_channel;
-    unpack(word, of_channel.x, of_channel.y, Element{});
-    const int pair = 4 * place.vector + place.first_row / 4;
-    reinterpret_cast<float2*>(slot.result)[pair] = of_channel;
+  float low, high;
+  unpack(word, low, high, Element{});
+  const int odd = place.first_row % 4, channel = 8 * place.vector + place.first_row / 4 * 2 + odd;
+  if (odd < 2 && channel < tensor.head_dim) {
+    const float of_channel = odd == 0 ? low : high;
+    std::uint32_t* to = tensor.amax + slot.task.group(tensor) * tensor.head_dim + channel;
+    if (of_channel > 0.0f) atomicMax(to, __float_as_uint(of_channel));
   }
 }
 

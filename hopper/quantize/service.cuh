@@ -2,6 +2,7 @@
 // task must know first and publishes what it found. Neither keeps a worker waiting for memory.
 #pragma once
 
+#include "quantize/found.cuh"
 #include "quantize/load.cuh"
 #include "quantize/transform.cuh"
 
@@ -73,12 +74,6 @@ __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& map
   }
 }
 
-__device__ inline std::uint32_t load_acquire(const std::uint32_t* from) {
-  std::uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-
 // Adds 1 after all that this thread knows of has been written, and returns what was there.
 __device__ inline std::uint32_t count(std::uint32_t* to) {
   std::uint32_t before;
@@ -93,31 +88,6 @@ __device__ inline void announce(std::uint32_t* to) {
 
 __device__ inline int blocks_of(int seqlen) {
   return (seqlen + kQuantizeTokens - 1) / kQuantizeTokens;
-}
-
-// Whether all that a task must know is there. Called by a whole warp. What it counts is tiles of
-// the packed sequences together: whatever cu_seqlens holds, they all come, and nobody waits
-// forever.
-__device__ inline bool is_given(const QuantizeParams& params, const Task& task) {
-  const QuantizeTensor& tensor = params.tensors[task.which];
-  bool given = true;
-  if (thread_idx() % 32 == 0) {
-    const auto slots = static_cast<std::uint32_t>(tensor.slots);
-    if (task.given_scale(tensor)) {
-      const bool whole = tensor.scale == ScaleKind::kTensor;
-      const auto all = whole ? static_cast<std::uint32_t>(tensor.order.num_tiles) : slots;
-      given = load_acquire(tensor.measured + (whole ? 0 : task.dense_group(tensor))) >= all;
-    }
-    if (given && task.subtracts_mean(params)) {
-      given = load_acquire(params.k_summed + task.dense_group(tensor)) >= slots;
-    }
-    if (given && task.finishes_factors(params)) {
-      const QuantizeTensor& v = params.tensors[kV];
-      given = load_acquire(v.measured + task.dense_group(v)) >= slots;
-    }
-  }
-  __syncwarp();
-  return __shfl_sync(kAllLanes, given, 0);
 }
 
 // Scales of channels: all loads are under way before the first is waited for.
@@ -178,51 +148,49 @@ __device__ inline void finish_factors(const QuantizeParams& params, const Task& 
   }
 }
 
-// Brings it to shared memory; the first task of a sequence writes given scales.
+// Brings what a task must know to shared memory; the first task of a sequence writes its scale.
 template <class Shape>
-__device__ void fetch_given(const QuantizeParams& params, typename Shape::Slot& slot) {
+__device__ void fetch_given(const QuantizeParams& params, const Findings& findings,
+                            typename Shape::Slot& slot) {
   const Task task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
   const int lane = thread_idx() % 32;
-  const std::int64_t group = task.group(tensor);
   if (task.given_scale(tensor)) {
-    const std::uint32_t infinite = __ldcg(tensor.infinite + task.scale_group(tensor));
     if (tensor.scale == ScaleKind::kChannel) {
+      const std::uint32_t infinite = __ldcg(tensor.infinite + task.group(tensor));
       fetch_channels<Shape>(tensor, task, slot.values);
-    } else {
-      const float amax = __uint_as_float(__ldcg(tensor.amax + task.scale_group(tensor)));
-      if (lane == 0) {
-        slot.inverse = inverse_of(amax);
-        if (task.first == 0) tensor.descale[group] = descale_of(amax);
-      }
+      if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
+    } else if (lane == 0) {
+      const Found scale = findings.given;
+      slot.inverse = inverse_of(scale.amax());
+      slot.given_infinite = scale.infinite();
+      if (task.first == 0) tensor.descale[task.group(tensor)] = descale_of(scale.amax());
     }
-    if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
   }
   if (task.subtracts_mean(params)) fetch_mean<Shape>(params, task, slot.values);
   if (task.finishes_factors(params)) finish_factors(params, task);
 }
 
-// Raises what others raise too, and then counts the tile.
+// Tells other blocks what a tile has, and that it has been measured.
 template <class Shape>
-__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot) {
+__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot,
+                             Findings& findings) {
   const Task& task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
   const int lane = thread_idx() % 32;
-  const std::int64_t group = task.scale_group(tensor);
-  if (tensor.scale == ScaleKind::kChannel) {
-    std::uint32_t* to = tensor.amax + group * tensor.head_dim;
-    for (int c = lane; c < tensor.head_dim; c += 32) {
-      atomicMax(to + c, __float_as_uint(slot.result[c]));
+  std::uint32_t bits = 0;
+  if (tensor.scale != ScaleKind::kChannel) {
+    bits = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
+    bits = __reduce_max_sync(kAllLanes, bits);
+    if (tensor.find_amax) {
+      findings.publish(tensor, task, Found{bits | (slot.infinite ? Found::kInfinite : 0)});
+      return;
     }
-  } else {
-    const std::uint32_t mine = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
-    const std::uint32_t bits = __reduce_max_sync(kAllLanes, mine);
-    if (lane == 0) atomicMax(tensor.amax + group, bits);
   }
-  if (lane == 0 && slot.infinite) atomicOr(tensor.infinite + group, 1u);
-  __syncwarp();
-  const bool whole = tensor.scale == ScaleKind::kTensor;
-  if (lane == 0) announce(tensor.measured + (whole ? 0 : task.dense_group(tensor)));
+  if (lane != 0) return;
+  if (bits > 0) atomicMax(tensor.amax + task.group(tensor), bits);
+  if (slot.infinite) atomicOr(tensor.infinite + task.group(tensor), 1u);
+  announce(tensor.measured + task.dense_group(tensor));
 }
 
 // The sum of `count` rows of floats that lie `stride` apart, 4 channels of them.
@@ -320,6 +288,7 @@ __device__ void publish_sum(const QuantizeParams& params, const typename Shape::
 template <class Shape>
 __device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::Shared& shared) {
   Ring<Shape::kSlots> ahead, behind;
+  Findings findings;
   int between = 0;  // tasks from behind to ahead
   for (bool more = true; more || between > 0;) {
     bool idle = true;
@@ -328,8 +297,8 @@ __device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::
       typename Shape::Slot& slot = shared.slots[ahead.stage];
       if (slot.task.none()) {
         more = false;
-      } else if (is_given(params, slot.task)) {
-        fetch_given<Shape>(params, slot);
+      } else if (findings.has_given(params, slot.task)) {
+        fetch_given<Shape>(params, findings, slot);
         __syncwarp();
         arrive_warp(shared.given_full[ahead.stage]);
         ahead.advance();
@@ -341,7 +310,7 @@ __device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::
         __all_sync(kAllLanes, shared.result_full[behind.stage].test_wait(behind.phase))) {
       const typename Shape::Slot& slot = shared.slots[behind.stage];
       if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
-        publish_amax<Shape>(params, slot);
+        publish_amax<Shape>(params, slot, findings);
       }
       if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
       __syncwarp();

@@ -48,10 +48,6 @@ struct Task {
   __device__ std::int64_t dense_group(const QuantizeTensor& tensor) const {
     return tensor.cu_seqlens != nullptr ? head : group(tensor);
   }
-  // The same for the largest |x|.
-  __device__ std::int64_t scale_group(const QuantizeTensor& tensor) const {
-    return tensor.scale == ScaleKind::kTensor ? 0 : group(tensor);
-  }
   __device__ bool subtracts_mean(const QuantizeParams& params) const {
     return which == kK && params.smooth_k && pass != QuantizePass::kSum;
   }
