@@ -218,8 +218,8 @@ __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, f
   __syncwarp();
 }
 
-// Stores K's sum over a block. Whoever completes kMeanBlocks of a sequence adds those up, and
-// whoever completes the sequence makes the mean: always in the same order. Returns who did.
+// Counts a block whose sum of K is stored. Whoever completes kMeanBlocks of a sequence adds those
+// up, and whoever completes the sequence makes the mean: always in the same order. Returns who did.
 template <class Shape>
 __device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
                         float* mean) {
@@ -228,8 +228,7 @@ __device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot
   const int lane = thread_idx() % 32, blocks = blocks_of(task.seqlen);
   const int block = task.first / kQuantizeTokens, first = block / kMeanBlocks * kMeanBlocks;
   const std::int64_t of_block = task.dense_group(k) * k.slots + task.slot;
-  float* partial = params.k_partial + of_block * k.head_dim;
-  for (int c = lane; c < k.head_dim; c += 32) partial[c] = slot.result[c];
+  float* partial = partial_sums(params, task);
   const auto is_last = [&](std::uint32_t* counter, int of) {
     __syncwarp();
     std::uint32_t before = 0;

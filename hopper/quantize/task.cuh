@@ -70,6 +70,12 @@ struct Task {
   }
 };
 
+// Where K's sums over a tile go.
+__device__ inline float* partial_sums(const QuantizeParams& params, const Task& task) {
+  const QuantizeTensor& k = params.tensors[kK];
+  return params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
+}
+
 // Threads work in teams, each on a tile of its own, 64 elements a thread. Two warps serve them: one
 // draws tickets and loads, the other fetches scales and publishes what was measured.
 //
@@ -98,7 +104,7 @@ struct QuantizeShape {
     int given_infinite;                  // the given scale's tiles have an infinity
     int infinite;                        // this one has
     alignas(16) float values[kHeadDim];  // V: inverse scales of channels; K: its mean; as float4
-    float result[kHeadDim];              // largest |x| of channels or of warps, or sums of channels
+    float result[kTeamWarps];            // largest |x| of warps
   };
 
   struct Shared {
