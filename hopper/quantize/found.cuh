@@ -89,8 +89,8 @@ struct FoundRange {
   }
 };
 
-// What the serving warp of a block knows of the scales; called by all of the warp.
-class Findings {
+// What a block knows of others' scales; called by all of the warp that fetches them.
+class KnownScales {
  public:
   Found given;  // the scale of the task that has_given was asked about last, of a head or a tensor
 
@@ -101,18 +101,6 @@ class Findings {
     if (task.subtracts_mean(params) && !has_all(params.k_summed, tensor, task, kMean)) return false;
     const QuantizeTensor& v = params.tensors[kV];
     return !task.finishes_factors(params) || has_all(v.measured, v, task, kV);
-  }
-
-  // What a tile found, of a tensor whose heads have a scale each, or which has one.
-  __device__ void publish(const QuantizeTensor& tensor, const Task& task, Found found) {
-    const auto lane = static_cast<int>(thread_idx() % 32);
-    if (tensor.scale == ScaleKind::kHead) {
-      std::uint64_t* of_head = tensor.found + task.dense_group(tensor) * tensor.slots;
-      if (lane == 0 && task.slot < tensor.slots) store_found(of_head + task.slot, 1, found);
-    } else if (lane == task.which) {
-      block_ = block_.with(found);
-      store_found(tensor.found + blockIdx.x, ++tiles_, block_);
-    }
   }
 
  private:
@@ -161,6 +149,25 @@ class Findings {
 
   std::int64_t key_ = -1;
   Found found_;
+};
+
+// What a block tells others about scales of heads and tensors; called by all of the publishing
+// warp.
+class PublishedMaxima {
+ public:
+  // What a tile found, of a tensor whose heads have a scale each, or which has one.
+  __device__ void publish(const QuantizeTensor& tensor, const Task& task, Found found) {
+    const auto lane = static_cast<int>(thread_idx() % 32);
+    if (tensor.scale == ScaleKind::kHead) {
+      std::uint64_t* of_head = tensor.found + task.dense_group(tensor) * tensor.slots;
+      if (lane == 0 && task.slot < tensor.slots) store_found(of_head + task.slot, 1, found);
+    } else if (lane == task.which) {
+      block_ = block_.with(found);
+      store_found(tensor.found + blockIdx.x, ++tiles_, block_);
+    }
+  }
+
+ private:
   // Of the tensor that this lane is the QuantizeWhich of, what this block's tiles found.
   std::uint32_t tiles_ = 0;
   Found block_;

@@ -307,7 +307,8 @@ void schedule_quantize(int ahead, QuantizePlan* plan) {
   for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
     time = schedule.add(which, tensor.order, which == kK && params.smooth_k, tensor.find_amax,
-                        tensor.scale == ScaleKind::kTensor, ahead, time);
+                        tensor.scale == ScaleKind::kTensor, kKeptBytes / tile_bytes(tensor), ahead,
+                        time);
   }
   schedule.finish();
 }

@@ -37,7 +37,7 @@ struct Task {
   int rows;    // tokens that exist, 0 or less to 128
   int seqlen;  // of the sequence
   int memory;  // first's place along the sequence dimension in memory
-  int last;    // QuantizeStream's
+  int kept;    // in L2, for a later pass
 
   __device__ bool none() const { return which < 0; }
   // The index of (sequence, head).
@@ -76,8 +76,8 @@ __device__ inline float* partial_sums(const QuantizeParams& params, const Task& 
   return params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
 }
 
-// Threads work in teams, each on a tile of its own, 64 elements a thread. Two warps serve them: one
-// draws tickets and loads, the other fetches scales and publishes what was measured.
+// Threads work in teams, each on a tile of its own, 64 elements a thread. Three warps serve them:
+// one draws tickets and loads, one fetches scales, one publishes what was measured.
 //
 // kMixed: q's and k's Walsh-Hadamard transform begins in the tensor cores; nothing comes before it.
 template <int kHeadDimTile, class ElementType, bool kMixed>
@@ -91,8 +91,11 @@ struct QuantizeShape {
   static constexpr int kTeamWarps = kTeamThreads / 32;
   static constexpr int kTeams = kHeadDim == 64 ? 2 : 1;
   static constexpr int kWorkers = kTeams * kTeamThreads;
-  static constexpr int kThreads = kWorkers + 64;
+  static constexpr int kThreads = kWorkers + 128;  // the serving warps, and one that leaves
   static constexpr int kBlocksPerSm = quantize_geometry(kHeadDim).blocks_per_sm;
+  // Two blocks' 24 warps have 80 registers a thread; of a block's, workers take over 16.
+  static constexpr bool kMovesRegisters = kBlocksPerSm == 2;
+  static constexpr int kWorkersRegisters = 96, kServiceRegisters = 48;
   static constexpr int kWarpRows = quantize_geometry(kHeadDim).rows_of_warp;
   static constexpr int kStages = quantize_geometry(kHeadDim).stages;
   static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;  // tasks in work, more than stages
@@ -114,7 +117,7 @@ struct QuantizeShape {
     EmptyBarrier task_full[kSlots];    // the task is there
     EmptyBarrier given_full[kSlots];   // its given scales or mean are
     EmptyBarrier result_full[kSlots];  // the workers are done
-    EmptyBarrier task_empty[kSlots];   // so is the serving warp
+    EmptyBarrier task_empty[kSlots];   // so are both serving warps
     alignas(1024) uint4 stages[kStages][kParts * kQuantizeTokens * 8];
     alignas(1024) uint4 out[kTeams][kHeadDim * 8];
     uint4 signs[kVectors];           // to be xored with 8 elements
@@ -237,7 +240,7 @@ __device__ inline Task make_task(const QuantizeParams& params, int ticket, int& 
   const QuantizeTensor& tensor = params.tensors[stream.which];
   task.pass = stream.pass;
   task.which = stream.which;
-  task.last = stream.last;
+  task.kept = drawn.kept;
   const HeadOrder::Tile tile = tensor.order(drawn.tile);
   task.head = tile.head;
   task.sequence = tile.sequence;

@@ -106,6 +106,40 @@ void groups() {
   }
 }
 
+// A tensor that shares a scale is measured while the one before it is quantized, from its end on; of
+// what is measured, L2 keeps as much as it has room for. Streams take turns in both orders.
+void whole_tensors() {
+  QuantizePlan plan;
+  Call call;
+  auto& a = call.args;
+  a.heads = a.heads_kv = 32;
+  a.batch = 1;
+  a.head_dim = a.head_dim_v = 128;
+  a.seqlen_q = a.seqlen_k = 128 * 64;
+  a.qk_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+  a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+  check::context = "tensors that share a scale";
+  CHECK(plan_quantize(a, &plan).ok());
+  schedule_quantize(100, &plan);
+  const QuantizeSchedule& s = plan.params.schedule;
+  const int all = 32 * 64, kept = kKeptBytes / (2 * 128 * 128);
+  CHECK(s.num_streams == 6);
+  for (int i = 0; i < s.num_streams; ++i) {
+    const QuantizeStream& stream = s.streams[i];
+    const bool measures = stream.pass == QuantizePass::kAmax;
+    CHECK(stream.start == i / 2 * all + (measures ? 0 : all + 100));
+    CHECK(stream.backwards == !measures && stream.kept_from == (measures ? all - kept : all));
+  }
+  // K is measured, V is quantized.
+  std::int32_t segment = 0;
+  const int first = all + 2 * 100 + 100;
+  for (int ticket = first; ticket < first + 100; ticket += 4) {
+    std::vector<int> streams;
+    for (int i = 0; i < 4; ++i) streams.push_back(s(ticket + i, segment).stream);
+    CHECK(streams[0] == streams[3] && streams[1] == streams[2] && streams[0] != streams[1]);
+  }
+}
+
 void schedules() {
   std::mt19937 random(3);
   const auto below = [&](int n) { return static_cast<int>(random() % n); };
@@ -166,6 +200,7 @@ void head_orders() {
 int main() {
   head_orders();
   groups();
+  whole_tensors();
   schedules();
   return check::result();
 }
