@@ -42,7 +42,7 @@ struct HeadOrder {
 // A group's elements, where a tensor has so many: the group itself, what comes ahead of it and what
 // the passes write meanwhile are in L2 when the second pass takes it. L2 has 50 MB, but what one of
 // its halves fetches for the other is in both.
-inline constexpr int kGroupBytes = 8 << 20;
+inline constexpr int kGroupBytes = 4 << 20;
 
 // Of a tensor that shares a scale, what L2 still has when its second pass begins with it.
 inline constexpr int kKeptBytes = 24 << 20;
