@@ -2,6 +2,8 @@
 // multiprocessor and draw one task after the other.
 #pragma once
 
+#include <cutlass/arch/reg_reconfig.h>
+
 #include "quantize/columns.cuh"
 #include "quantize/measure.cuh"
 #include "quantize/mixed.cuh"
@@ -32,7 +34,7 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
       shared.task_full[slot].init(1);
       shared.given_full[slot].init(1);
       shared.result_full[slot].init(Shape::kTeamWarps);
-      shared.task_empty[slot].init(1);
+      shared.task_empty[slot].init(2);
     }
     cutlass::arch::fence_barrier_init();
   }
@@ -91,13 +93,23 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerSm)
                     const __grid_constant__ QuantizeMaps maps) {
   auto& shared = *reinterpret_cast<typename Shape::Shared*>(shared_memory);
   initialize<Shape>(params, shared);
-  const int warp = threadIdx.x / 32;
-  if (warp < Shape::kWorkers / 32) {
+  if (threadIdx.x < Shape::kWorkers) {
+    if constexpr (Shape::kMovesRegisters) {
+      cutlass::arch::warpgroup_reg_alloc<Shape::kWorkersRegisters>();
+    }
     work<Shape>(params, maps, shared);
-  } else if (warp == Shape::kWorkers / 32) {
+    return;
+  }
+  if constexpr (Shape::kMovesRegisters) {
+    cutlass::arch::warpgroup_reg_dealloc<Shape::kServiceRegisters>();
+  }
+  const int warp = (threadIdx.x - Shape::kWorkers) / 32;
+  if (warp == 0) {
     if (threadIdx.x % 32 < Shape::kTeams) load_tiles<Shape>(params, maps, shared);
-  } else {
-    fetch_and_publish<Shape>(params, shared);
+  } else if (warp == 1) {
+    fetch<Shape>(params, shared);
+  } else if (warp == 2) {
+    publish<Shape>(params, shared);
   }
 }
 

@@ -31,8 +31,8 @@ cudaError_t launch_shape(const QuantizeParams& params, const QuantizeMaps& maps,
   const cudaError_t error = allow_shared_memory(kernel, kBytes, launch.device, done);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
-  config.gridDim =
-      dim3(std::min(params.schedule.num_tickets, launch.num_sms * Shape::kBlocksPerSm));
+  config.gridDim = dim3(std::min(
+      {params.schedule.num_tickets, kMaxQuantizeBlocks, launch.num_sms * Shape::kBlocksPerSm}));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = launch.stream;

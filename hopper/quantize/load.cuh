@@ -47,12 +47,10 @@ __device__ void unpack(const uint4& vector, float (&x)[8]) {
   unpack(vector.w, x[6], x[7], Element{});
 }
 
-// Half a vector, from shared memory.
+// A pair of a vector, from shared memory.
 template <class Element>
-__device__ void unpack(const uint4* vector, int half, float (&x)[4]) {
-  const uint2 words = reinterpret_cast<const uint2*>(vector)[half];
-  unpack(words.x, x[0], x[1], Element{});
-  unpack(words.y, x[2], x[3], Element{});
+__device__ void unpack(const uint4* vector, int pair, float (&x)[2]) {
+  unpack(reinterpret_cast<const std::uint32_t*>(vector)[pair], x[0], x[1], Element{});
 }
 
 __device__ inline uint4 flip(uint4 vector, const uint4& signs) {
@@ -81,13 +79,8 @@ __device__ inline int rotary_position(const QuantizeParams& params, const Task& 
   return position >= 0 && position < rotary.max_len ? static_cast<int>(position) : -1;
 }
 
-__device__ inline void load_floats(const float* from, float (&to)[4]) {
-  const float4 values = __ldg(reinterpret_cast<const float4*>(from));
-  to[0] = values.x, to[1] = values.y, to[2] = values.z, to[3] = values.w;
-}
-
-// One vector of a row, turned. partner is the vector that holds the other halves of its pairs. Four
-// channels at a time: eight would need more registers than a row of 64 leaves.
+// One vector of a row, turned. partner is the vector that holds the other halves of its pairs. Two
+// channels at a time: more would need more registers than a row of 64 leaves.
 template <class Element>
 __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vector,
                              const uint4* own, const uint4* partner, float (&x)[8]) {
@@ -97,25 +90,23 @@ __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vec
   const std::int64_t at = static_cast<std::int64_t>(position) * half + pair;
   const float *cosines = rotary.cos + at, *sines = rotary.sin + at;
 #pragma unroll
-  for (int part = 0; part < 8; part += 4) {
-    float of_own[4], other[4], c[4], s[4];
-    unpack<Element>(own, part / 4, of_own);
+  for (int part = 0; part < 8; part += 2) {
+    float of_own[2], other[2];
+    float2 c, s;
+    unpack<Element>(own, part / 2, of_own);
     if (rotary.interleaved) {
-      const float2 cosine = __ldg(reinterpret_cast<const float2*>(cosines + part / 2));
-      const float2 sine = __ldg(reinterpret_cast<const float2*>(sines + part / 2));
-      c[0] = c[1] = cosine.x, c[2] = c[3] = cosine.y;
-      s[0] = -sine.x, s[1] = sine.x, s[2] = -sine.y, s[3] = sine.y;
-#pragma unroll
-      for (int m = 0; m < 4; ++m) other[m] = of_own[m ^ 1];
+      c.x = c.y = __ldg(cosines + part / 2);
+      s.y = __ldg(sines + part / 2);
+      s.x = -s.y;
+      other[0] = of_own[1], other[1] = of_own[0];
     } else {
-      load_floats(cosines + part, c);
-      load_floats(sines + part, s);
-      unpack<Element>(partner, part / 4, other);
-#pragma unroll
-      for (float& sine : s) sine = is_first ? -sine : sine;
+      c = __ldg(reinterpret_cast<const float2*>(cosines + part));
+      s = __ldg(reinterpret_cast<const float2*>(sines + part));
+      unpack<Element>(partner, part / 2, other);
+      if (is_first) s.x = -s.x, s.y = -s.y;
     }
-#pragma unroll
-    for (int m = 0; m < 4; ++m) x[part + m] = of_own[m] * c[m] + other[m] * s[m];
+    x[part] = of_own[0] * c.x + other[0] * s.x;
+    x[part + 1] = of_own[1] * c.y + other[1] * s.y;
   }
 }
 

@@ -104,12 +104,15 @@ __device__ void measure_amax(const QuantizeTensor& tensor, typename Shape::Slot&
     if (place.thread % 32 == 0) slot.result[place.thread / 32] = __uint_as_float(bits);
     return;
   }
+  // Raised here, by all warps: the serving warp only counts the tile.
   const std::uint32_t word = largest_of_lanes(largest);
-  if (place.thread % 4 == 0) {
-    float2 of_channel;
-    unpack(word, of_channel.x, of_channel.y, Element{});
-    const int pair = 4 * place.vector + place.first_row / 4;
-    reinterpret_cast<float2*>(slot.result)[pair] = of_channel;
+  float low, high;
+  unpack(word, low, high, Element{});
+  const int odd = place.first_row % 4, channel = 8 * place.vector + place.first_row / 4 * 2 + odd;
+  if (odd < 2 && channel < tensor.head_dim) {
+    const float of_channel = odd == 0 ? low : high;
+    std::uint32_t* to = tensor.amax + slot.task.group(tensor) * tensor.head_dim + channel;
+    if (of_channel > 0.0f) atomicMax(to, __float_as_uint(of_channel));
   }
 }
 
@@ -232,17 +235,22 @@ __device__ bool any_infinite(const float (&sum)[kCount]) {
 }
 
 // K's sums over the tile, before signs and Hadamard, which are taken of their mean: both are
-// linear.
+// linear. All warps store them; the serving warp only counts the tile.
 template <class Shape>
 __device__ void measure_sums(const QuantizeParams& params, typename Shape::Slot& slot,
                              const uint4* stage) {
   const MeasurePlace<Shape> place;
+  const int head_dim = params.tensors[kK].head_dim;
+  float* sums = partial_sums(params, slot.task);
   if (params.rotary.dim == 0) {
     float of[4] = {};
     sum_by_matrices<Shape>(slot.task, stage, of);
     if (!any_infinite<Shape>(of)) {
-      auto* to = reinterpret_cast<float2*>(slot.result) + place.thread / 32 * 8 + place.thread % 32;
-      if (place.thread % 32 < 4) to[0] = {of[0], of[1]}, to[4] = {of[2], of[3]};
+      if (place.thread % 32 >= 4 || slot.task.rows <= 0) return;
+      const int channel = place.thread / 32 * 16 + place.thread % 32 * 2;
+      auto* to = reinterpret_cast<float2*>(sums + channel);
+      if (channel < head_dim) to[0] = {of[0], of[1]};
+      if (channel + 8 < head_dim) to[4] = {of[2], of[3]};
       return;
     }
   }
@@ -263,10 +271,10 @@ __device__ void measure_sums(const QuantizeParams& params, typename Shape::Slot&
 #pragma unroll
     for (float& value : sum) value += __shfl_xor_sync(kAllLanes, value, step);
   }
-  if (place.first_row == 0) {
-#pragma unroll
-    for (int e = 0; e < 8; ++e) slot.result[8 * place.vector + e] = sum[e];
-  }
+  if (place.first_row != 0 || slot.task.rows <= 0 || 8 * place.vector >= head_dim) return;
+  auto* to = reinterpret_cast<float4*>(sums + 8 * place.vector);
+  to[0] = {sum[0], sum[1], sum[2], sum[3]};
+  to[1] = {sum[4], sum[5], sum[6], sum[7]};
 }
 
 }  // namespace hopper_attention

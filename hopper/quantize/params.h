@@ -10,12 +10,14 @@ namespace hopper_attention {
 
 // One of q, k and v.
 struct QuantizeTensor {
-  const void* in;           // (batch, seqlen, heads, head_dim)
-  std::uint8_t* out;        // likewise, or (batch, heads, head_dim, tokens) for a transposed V
-  float* descale;           // (batch, heads, n), see abi_quantize.h
-  std::uint32_t* amax;      // workspace: (batch, heads), (batch, heads, head_dim) or one
-  std::uint32_t* infinite;  // likewise, but not by channel: not 0 where there is an infinity
-  std::uint32_t* measured;  // workspace: tiles that are in amax, of (batch or 1, heads) or of all
+  const void* in;     // (batch, seqlen, heads, head_dim)
+  std::uint8_t* out;  // likewise, or (batch, heads, head_dim, tokens) for a transposed V
+  float* descale;     // (batch, heads, n), see abi_quantize.h
+  // Workspace, see QuantizeWorkspace.
+  std::uint64_t* found;            // (batch or 1, heads, slots) or of blocks of threads
+  std::uint32_t* amax;             // (batch, heads) or (batch, heads, head_dim)
+  std::uint32_t* infinite;         // (batch, heads), not 0 where there is an infinity
+  std::uint32_t* measured;         // (batch or 1, heads): tiles that are in amax
   const std::int32_t* cu_seqlens;  // (batch + 1); null: dense
   std::int64_t in_stride_batch, in_stride_seq, in_stride_head;
   std::int64_t out_stride_batch, out_stride_seq, out_stride_head;

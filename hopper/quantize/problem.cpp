@@ -248,9 +248,11 @@ Status check_quantize_tensors(const Args& a) {
 }
 
 QuantizeWorkspace quantize_workspace(const Args& a) {
-  return quantize_workspace(a.batch, a.heads, a.heads_kv, a.head_dim, a.head_dim_v,
-                            quantize_slots(a.seqlen_k, a.batch, packed(a)), packed(a),
-                            a.smooth_k != 0);
+  return quantize_workspace({a.batch, a.heads, a.heads_kv, a.head_dim, a.head_dim_v,
+                             quantize_slots(a.seqlen_q, a.batch, packed(a)),
+                             quantize_slots(a.seqlen_k, a.batch, packed(a)), packed(a),
+                             a.smooth_k != 0, static_cast<ScaleKind>(a.qk_scale),
+                             static_cast<ScaleKind>(a.v_scale)});
 }
 
 Status plan_quantize(const Args& a, QuantizePlan* plan) {
@@ -263,6 +265,7 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
   for (int which : {kV, kK, kQ}) {
     const auto scale = static_cast<ScaleKind>(which == kV ? a.v_scale : a.qk_scale);
     QuantizeTensor& tensor = params.tensors[which] = make_tensor(a, view(a, which), scale);
+    tensor.found = reinterpret_cast<std::uint64_t*>(words + w.tensors[which].found);
     tensor.measured = words + w.tensors[which].measured;
     tensor.infinite = words + w.tensors[which].infinite;
     tensor.amax = words + w.tensors[which].amax;
@@ -304,7 +307,8 @@ void schedule_quantize(int ahead, QuantizePlan* plan) {
   for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
     time = schedule.add(which, tensor.order, which == kK && params.smooth_k, tensor.find_amax,
-                        tensor.scale == ScaleKind::kTensor, ahead, time);
+                        tensor.scale == ScaleKind::kTensor, kKeptBytes / tile_bytes(tensor), ahead,
+                        time);
   }
   schedule.finish();
 }

@@ -42,7 +42,10 @@ struct HeadOrder {
 // A group's elements, where a tensor has so many: the group itself, what comes ahead of it and what
 // the passes write meanwhile are in L2 when the second pass takes it. L2 has 50 MB, but what one of
 // its halves fetches for the other is in both.
-inline constexpr int kGroupBytes = 8 << 20;
+inline constexpr int kGroupBytes = 4 << 20;
+
+// Of a tensor that shares a scale, what L2 still has when its second pass begins with it.
+inline constexpr int kKeptBytes = 24 << 20;
 
 // Of a tensor whose mean is subtracted. A mean is there some time after the last sum that is in it,
 // so more heads side by side and a longer lead are worth more than what L2 keeps.
@@ -70,7 +73,7 @@ struct QuantizeStream {
   std::int32_t start;
   std::int32_t num_tiles;
   bool backwards;
-  bool last;  // nobody reads the tensor after it
+  std::int32_t kept_from;  // the tiles from here on stay in L2 for the next pass
 };
 
 // A time during which the same streams run: they take turns.
@@ -92,6 +95,7 @@ struct QuantizeSchedule {
   struct Drawn {
     std::int32_t stream;
     std::int32_t tile;  // of the tensor's HeadOrder
+    bool kept;          // a later pass finds it in L2
   };
 
   // segment: where the last ticket was, 0 at first; tickets rise.
@@ -101,18 +105,22 @@ struct QuantizeSchedule {
     const ScheduleSegment& s = segments[segment];
     const std::int32_t at = ticket - s.first_ticket;
     const std::int32_t step = s.by_streams.quotient(at);
-    const std::int32_t index = s.streams[at - step * s.by_streams.divisor];
+    // Every other time the first is the last: a team that gets every other ticket has its share of
+    // all streams, of which some are less work.
+    std::int32_t turn = at - step * s.by_streams.divisor;
+    if ((step & 1) != 0) turn = turn + 1 == s.by_streams.divisor ? 0 : turn + 1;
+    const std::int32_t index = s.streams[turn];
     const QuantizeStream& stream = streams[index];
     const std::int32_t tile = s.first_time + step - stream.start;
-    return {index, stream.backwards ? stream.num_tiles - 1 - tile : tile};
+    return {index, stream.backwards ? stream.num_tiles - 1 - tile : tile, tile >= stream.kept_from};
   }
 
   // Passes over one tensor, from `time` on; returns when the next tensor may begin. A tile of a
   // pass waits for all of its heads' in the one before, or for all of the tensor's where they share
   // a scale: that pass goes backwards, since L2 has the end of a tensor. ahead: how many tiles
   // sooner than they must the first ones come, so that nobody has to wait for them.
-  std::int32_t add(int which, const HeadOrder& order, bool sum, bool amax, bool whole, int ahead,
-                   std::int32_t time) {
+  std::int32_t add(int which, const HeadOrder& order, bool sum, bool amax, bool whole,
+                   int kept_tiles, int ahead, std::int32_t time) {
     const std::int32_t n = order.num_tiles;
     if (n == 0) return time;
     const auto lead = [&](std::int64_t tiles) {
@@ -122,13 +130,15 @@ struct QuantizeSchedule {
     std::int32_t start = time;
     const auto pass = [&](QuantizePass kind, std::int32_t until_next) {
       const bool last = kind == QuantizePass::kQuantize;
-      streams[num_streams++] = {which, kind, start, n, whole && amax && last, last};
+      const bool all = whole && kind == QuantizePass::kAmax;
+      const std::int32_t lost = last ? n : all ? std::max(0, n - kept_tiles) : 0;
+      streams[num_streams++] = {which, kind, start, n, whole && amax && last, lost};
       start += until_next;
     };
     if (sum) pass(QuantizePass::kSum, lead(std::int64_t{kSmoothLead} * ahead));
-    if (amax) pass(QuantizePass::kAmax, whole ? n : lead(ahead));
+    if (amax) pass(QuantizePass::kAmax, whole ? n + ahead : lead(ahead));
     pass(QuantizePass::kQuantize, 0);
-    return whole && amax ? start + n : time + n;
+    return time + n;
   }
 
   // Segments from streams, when all are there.

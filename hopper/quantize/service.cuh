@@ -1,7 +1,8 @@
-// The two warps that serve the workers: one draws tickets and loads tiles, the other fetches what a
-// task must know first and publishes what it found. Neither keeps a worker waiting for memory.
+// The warps that serve the workers: one draws tickets and loads tiles, one fetches what a task must
+// know first, and one publishes what it found. None keeps a worker waiting for memory.
 #pragma once
 
+#include "quantize/found.cuh"
 #include "quantize/load.cuh"
 #include "quantize/transform.cuh"
 
@@ -17,7 +18,7 @@ __device__ void load_tile(const QuantizeParams& params, const QuantizeMaps& maps
     return;
   }
   const auto hint =
-      task.last ? cute::TMA::CacheHintSm90::EVICT_FIRST : cute::TMA::CacheHintSm90::EVICT_NORMAL;
+      task.kept ? cute::TMA::CacheHintSm90::EVICT_NORMAL : cute::TMA::CacheHintSm90::EVICT_FIRST;
   full.arrive_and_expect_tx(kQuantizeTokens * Shape::kHeadDim * 2);
 #pragma unroll
   for (int part = 0; part < Shape::kParts; ++part) {
@@ -73,12 +74,6 @@ __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& map
   }
 }
 
-__device__ inline std::uint32_t load_acquire(const std::uint32_t* from) {
-  std::uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
-  return value;
-}
-
 // Adds 1 after all that this thread knows of has been written, and returns what was there.
 __device__ inline std::uint32_t count(std::uint32_t* to) {
   std::uint32_t before;
@@ -93,31 +88,6 @@ __device__ inline void announce(std::uint32_t* to) {
 
 __device__ inline int blocks_of(int seqlen) {
   return (seqlen + kQuantizeTokens - 1) / kQuantizeTokens;
-}
-
-// Whether all that a task must know is there. Called by a whole warp. What it counts is tiles of
-// the packed sequences together: whatever cu_seqlens holds, they all come, and nobody waits
-// forever.
-__device__ inline bool is_given(const QuantizeParams& params, const Task& task) {
-  const QuantizeTensor& tensor = params.tensors[task.which];
-  bool given = true;
-  if (thread_idx() % 32 == 0) {
-    const auto slots = static_cast<std::uint32_t>(tensor.slots);
-    if (task.given_scale(tensor)) {
-      const bool whole = tensor.scale == ScaleKind::kTensor;
-      const auto all = whole ? static_cast<std::uint32_t>(tensor.order.num_tiles) : slots;
-      given = load_acquire(tensor.measured + (whole ? 0 : task.dense_group(tensor))) >= all;
-    }
-    if (given && task.subtracts_mean(params)) {
-      given = load_acquire(params.k_summed + task.dense_group(tensor)) >= slots;
-    }
-    if (given && task.finishes_factors(params)) {
-      const QuantizeTensor& v = params.tensors[kV];
-      given = load_acquire(v.measured + task.dense_group(v)) >= slots;
-    }
-  }
-  __syncwarp();
-  return __shfl_sync(kAllLanes, given, 0);
 }
 
 // Scales of channels: all loads are under way before the first is waited for.
@@ -178,70 +148,72 @@ __device__ inline void finish_factors(const QuantizeParams& params, const Task& 
   }
 }
 
-// Brings it to shared memory; the first task of a sequence writes given scales.
+// Brings what a task must know to shared memory; the first task of a sequence writes its scale.
 template <class Shape>
-__device__ void fetch_given(const QuantizeParams& params, typename Shape::Slot& slot) {
+__device__ void fetch_given(const QuantizeParams& params, Found scale, typename Shape::Slot& slot) {
   const Task task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
   const int lane = thread_idx() % 32;
-  const std::int64_t group = task.group(tensor);
   if (task.given_scale(tensor)) {
-    const std::uint32_t infinite = __ldcg(tensor.infinite + task.scale_group(tensor));
     if (tensor.scale == ScaleKind::kChannel) {
+      const std::uint32_t infinite = __ldcg(tensor.infinite + task.group(tensor));
       fetch_channels<Shape>(tensor, task, slot.values);
-    } else {
-      const float amax = __uint_as_float(__ldcg(tensor.amax + task.scale_group(tensor)));
-      if (lane == 0) {
-        slot.inverse = inverse_of(amax);
-        if (task.first == 0) tensor.descale[group] = descale_of(amax);
-      }
+      if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
+    } else if (lane == 0) {
+      slot.inverse = inverse_of(scale.amax());
+      slot.given_infinite = scale.infinite();
+      if (task.first == 0) tensor.descale[task.group(tensor)] = descale_of(scale.amax());
     }
-    if (lane == 0) slot.given_infinite = static_cast<int>(infinite);
   }
   if (task.subtracts_mean(params)) fetch_mean<Shape>(params, task, slot.values);
   if (task.finishes_factors(params)) finish_factors(params, task);
 }
 
-// Raises what others raise too, and then counts the tile.
+// Tells other blocks what a tile has, and that it has been measured.
 template <class Shape>
-__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot) {
+__device__ void publish_amax(const QuantizeParams& params, const typename Shape::Slot& slot,
+                             PublishedMaxima& maxima) {
   const Task& task = slot.task;
   const QuantizeTensor& tensor = params.tensors[task.which];
   const int lane = thread_idx() % 32;
-  const std::int64_t group = task.scale_group(tensor);
-  if (tensor.scale == ScaleKind::kChannel) {
-    std::uint32_t* to = tensor.amax + group * tensor.head_dim;
-    for (int c = lane; c < tensor.head_dim; c += 32) {
-      atomicMax(to + c, __float_as_uint(slot.result[c]));
+  std::uint32_t bits = 0;
+  if (tensor.scale != ScaleKind::kChannel) {
+    bits = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
+    bits = __reduce_max_sync(kAllLanes, bits);
+    if (tensor.find_amax) {
+      maxima.publish(tensor, task, Found{bits | (slot.infinite ? Found::kInfinite : 0)});
+      return;
     }
-  } else {
-    const std::uint32_t mine = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
-    const std::uint32_t bits = __reduce_max_sync(kAllLanes, mine);
-    if (lane == 0) atomicMax(tensor.amax + group, bits);
   }
-  if (lane == 0 && slot.infinite) atomicOr(tensor.infinite + group, 1u);
-  __syncwarp();
-  const bool whole = tensor.scale == ScaleKind::kTensor;
-  if (lane == 0) announce(tensor.measured + (whole ? 0 : task.dense_group(tensor)));
+  if (lane != 0) return;
+  if (bits > 0) atomicMax(tensor.amax + task.group(tensor), bits);
+  if (slot.infinite) atomicOr(tensor.infinite + task.group(tensor), 1u);
+  announce(tensor.measured + task.dense_group(tensor));
 }
 
-// The sum of `count` rows of floats that lie `stride` apart, 4 channels of them.
-__device__ inline void add_up(const float* from, std::int64_t stride, int count, double (&sum)[4]) {
+// The sum of `count` rows of floats that lie `stride` apart, 2 channels of them.
+__device__ inline double2 add_up(const float* from, int stride, int count) {
+  double2 sum{};
 #pragma unroll 8
   for (int n = 0; n < count; ++n) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from + n * stride));
-    sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
+    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
+    sum.x += x.x, sum.y += x.y;
+    from += stride;
   }
+  return sum;
 }
 
 // From the mean of K as it came to that of K as it is quantized, by a warp.
 __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, float* mean) {
   const int lane = thread_idx() % 32;
+#pragma unroll 1
   for (int c = lane; c < head_dim; c += 32) {
     if (params.sign_bits[c / 32] >> c % 32 & 1) mean[c] = -mean[c];
   }
+#pragma unroll 1
   for (int stride = 1; stride < 1 << params.hadamard_log2; stride *= 2) {
     __syncwarp();
+#pragma unroll 1
     for (int pair = lane; pair < head_dim / 2; pair += 32) {
       const int c = pair / stride * 2 * stride + pair % stride;
       butterfly(mean[c], mean[c + stride]);
@@ -250,18 +222,24 @@ __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, f
   __syncwarp();
 }
 
-// Stores K's sum over a block. Whoever completes kMeanBlocks of a sequence adds those up, and
-// whoever completes the sequence makes the mean: always in the same order. Returns who did.
+// Counts a block whose sum of K is stored. Whoever completes kMeanBlocks of a sequence adds those
+// up, and whoever completes the sequence makes the mean: always in the same order. Returns who did.
+// What follows from the task is worked out where it is needed, and not kept in registers.
 template <class Shape>
 __device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
                         float* mean) {
-  const Task task = slot.task;
+  const Task& task = slot.task;
   const QuantizeTensor& k = params.tensors[kK];
-  const int lane = thread_idx() % 32, blocks = blocks_of(task.seqlen);
-  const int block = task.first / kQuantizeTokens, first = block / kMeanBlocks * kMeanBlocks;
-  const std::int64_t of_block = task.dense_group(k) * k.slots + task.slot;
-  float* partial = params.k_partial + of_block * k.head_dim;
-  for (int c = lane; c < k.head_dim; c += 32) partial[c] = slot.result[c];
+  const int lane = thread_idx() % 32;
+  const auto block = [&] { return task.first / kQuantizeTokens; };
+  // Of the first block that is added up with this one, among all heads'.
+  const auto first = [&] {
+    return task.dense_group(k) * k.slots + task.slot - block() % kMeanBlocks;
+  };
+  const auto together = [&] {
+    return min(blocks_of(task.seqlen) - block() / kMeanBlocks * kMeanBlocks, kMeanBlocks);
+  };
+  const auto sums = [&] { return (blocks_of(task.seqlen) + kMeanBlocks - 1) / kMeanBlocks; };
   const auto is_last = [&](std::uint32_t* counter, int of) {
     __syncwarp();
     std::uint32_t before = 0;
@@ -269,31 +247,29 @@ __device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot
     __syncwarp();
     return __shfl_sync(kAllLanes, before, 0) + 1 == static_cast<std::uint32_t>(of);
   };
-  const int together = min(blocks - first, kMeanBlocks);
-  if (!is_last(params.k_blocks_summed + of_block - (block - first), together)) return false;
-  partial -= static_cast<std::int64_t>(block - first) * k.head_dim;
-  for (int c = 4 * lane; c < k.head_dim; c += 128) {
-    double sum[4] = {};
-    add_up(partial + c, k.head_dim, together, sum);
-    const float4 rounded = {static_cast<float>(sum[0]), static_cast<float>(sum[1]),
-                            static_cast<float>(sum[2]), static_cast<float>(sum[3])};
-    *reinterpret_cast<float4*>(partial + c) = rounded;
+  if (!is_last(params.k_blocks_summed + first(), together())) return false;
+  float* partial = params.k_partial + first() * k.head_dim;
+#pragma unroll 1
+  for (int c = 2 * lane; c < k.head_dim; c += 64) {
+    const double2 sum = add_up(partial + c, k.head_dim, together());
+    const float2 rounded = {static_cast<float>(sum.x), static_cast<float>(sum.y)};
+    *reinterpret_cast<float2*>(partial + c) = rounded;
   }
-  const std::int64_t group = task.group(k);
-  const int sums = (blocks + kMeanBlocks - 1) / kMeanBlocks;
-  if (!is_last(params.k_sums_summed + group, sums)) return false;
-  partial -= static_cast<std::int64_t>(first) * k.head_dim;
-  for (int c = 4 * lane; c < k.head_dim; c += 128) {
-    double sum[4] = {};
-    add_up(partial + c, static_cast<std::int64_t>(kMeanBlocks) * k.head_dim, sums, sum);
-    for (int n = 0; n < 4; ++n) mean[c + n] = static_cast<float>(sum[n] / task.seqlen);
+  if (!is_last(params.k_sums_summed + task.group(k), sums())) return false;
+  partial = partial_sums(params, task) - static_cast<std::int64_t>(block()) * k.head_dim;
+#pragma unroll 1
+  for (int c = 2 * lane; c < k.head_dim; c += 64) {
+    const double2 sum = add_up(partial + c, kMeanBlocks * k.head_dim, sums());
+    mean[c] = static_cast<float>(sum.x / task.seqlen);
+    mean[c + 1] = static_cast<float>(sum.y / task.seqlen);
   }
   __syncwarp();
   if (params.hadamard_log2 > 0) rotate_mean(params, k.head_dim, mean);
+#pragma unroll 1
   for (int c = lane; c < k.head_dim; c += 32) {
     const float value = params.hadamard_log2 > 0 ? mean[c] * params.hadamard_scale : mean[c];
     // Where the sum overflows, K stays as it is.
-    params.k_mean[group * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
+    params.k_mean[task.group(k) * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
   }
   return true;
 }
@@ -314,43 +290,38 @@ __device__ void publish_sum(const QuantizeParams& params, const typename Shape::
   }
 }
 
-// A warp that follows the tasks twice: ahead of the workers, where it fetches what a task must know
-// as soon as others have found it, and behind them. It never stops at a task that must wait, since
-// what that one waits for may be its own to publish.
+// A warp ahead of the workers: brings what a task must know as soon as others have found it.
 template <class Shape>
-__device__ void fetch_and_publish(const QuantizeParams& params, typename Shape::Shared& shared) {
-  Ring<Shape::kSlots> ahead, behind;
-  int between = 0;  // tasks from behind to ahead
-  for (bool more = true; more || between > 0;) {
-    bool idle = true;
-    if (more && between < Shape::kSlots &&
-        __all_sync(kAllLanes, shared.task_full[ahead.stage].test_wait(ahead.phase))) {
-      typename Shape::Slot& slot = shared.slots[ahead.stage];
-      if (slot.task.none()) {
-        more = false;
-      } else if (is_given(params, slot.task)) {
-        fetch_given<Shape>(params, slot);
-        __syncwarp();
-        arrive_warp(shared.given_full[ahead.stage]);
-        ahead.advance();
-        ++between;
-        idle = false;
-      }
+__device__ void fetch(const QuantizeParams& params, typename Shape::Shared& shared) {
+  KnownScales known;
+  for (Ring<Shape::kSlots> ring;; ring.advance()) {
+    shared.task_full[ring.stage].wait(ring.phase);
+    typename Shape::Slot& slot = shared.slots[ring.stage];
+    if (slot.task.none()) break;
+    while (!known.has_given(params, slot.task)) __nanosleep(50);
+    fetch_given<Shape>(params, known.given, slot);
+    __syncwarp();
+    arrive_warp(shared.given_full[ring.stage]);
+    arrive_warp(shared.task_empty[ring.stage]);
+  }
+}
+
+// A warp behind them: tells other blocks what tiles have. It waits for nobody else's tiles, since
+// what those wait for may be its own to publish.
+template <class Shape>
+__device__ void publish(const QuantizeParams& params, typename Shape::Shared& shared) {
+  PublishedMaxima maxima;
+  for (Ring<Shape::kSlots> ring;; ring.advance()) {
+    shared.task_full[ring.stage].wait(ring.phase);
+    const typename Shape::Slot& slot = shared.slots[ring.stage];
+    if (slot.task.none()) break;
+    shared.result_full[ring.stage].wait(ring.phase);
+    if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
+      publish_amax<Shape>(params, slot, maxima);
     }
-    if (between > 0 &&
-        __all_sync(kAllLanes, shared.result_full[behind.stage].test_wait(behind.phase))) {
-      const typename Shape::Slot& slot = shared.slots[behind.stage];
-      if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
-        publish_amax<Shape>(params, slot);
-      }
-      if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
-      __syncwarp();
-      arrive_warp(shared.task_empty[behind.stage]);
-      behind.advance();
-      --between;
-      idle = false;
-    }
-    if (idle) __nanosleep(50);
+    if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
+    __syncwarp();
+    arrive_warp(shared.task_empty[ring.stage]);
   }
 }
 

@@ -37,7 +37,7 @@ struct Task {
   int rows;    // tokens that exist, 0 or less to 128
   int seqlen;  // of the sequence
   int memory;  // first's place along the sequence dimension in memory
-  int last;    // QuantizeStream's
+  int kept;    // in L2, for a later pass
 
   __device__ bool none() const { return which < 0; }
   // The index of (sequence, head).
@@ -47,10 +47,6 @@ struct Task {
   // The same for what packed tensors have only once for all sequences.
   __device__ std::int64_t dense_group(const QuantizeTensor& tensor) const {
     return tensor.cu_seqlens != nullptr ? head : group(tensor);
-  }
-  // The same for the largest |x|.
-  __device__ std::int64_t scale_group(const QuantizeTensor& tensor) const {
-    return tensor.scale == ScaleKind::kTensor ? 0 : group(tensor);
   }
   __device__ bool subtracts_mean(const QuantizeParams& params) const {
     return which == kK && params.smooth_k && pass != QuantizePass::kSum;
@@ -74,8 +70,14 @@ struct Task {
   }
 };
 
-// Threads work in teams, each on a tile of its own, 64 elements a thread. Two warps serve them: one
-// draws tickets and loads, the other fetches scales and publishes what was measured.
+// Where K's sums over a tile go.
+__device__ inline float* partial_sums(const QuantizeParams& params, const Task& task) {
+  const QuantizeTensor& k = params.tensors[kK];
+  return params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
+}
+
+// Threads work in teams, each on a tile of its own, 64 elements a thread. Three warps serve them:
+// one draws tickets and loads, one fetches scales, one publishes what was measured.
 //
 // kMixed: q's and k's Walsh-Hadamard transform begins in the tensor cores; nothing comes before it.
 template <int kHeadDimTile, class ElementType, bool kMixed>
@@ -89,8 +91,11 @@ struct QuantizeShape {
   static constexpr int kTeamWarps = kTeamThreads / 32;
   static constexpr int kTeams = kHeadDim == 64 ? 2 : 1;
   static constexpr int kWorkers = kTeams * kTeamThreads;
-  static constexpr int kThreads = kWorkers + 64;
+  static constexpr int kThreads = kWorkers + 128;  // the serving warps, and one that leaves
   static constexpr int kBlocksPerSm = quantize_geometry(kHeadDim).blocks_per_sm;
+  // Two blocks' 24 warps have 80 registers a thread; of a block's, workers take over 16.
+  static constexpr bool kMovesRegisters = kBlocksPerSm == 2;
+  static constexpr int kWorkersRegisters = 96, kServiceRegisters = 48;
   static constexpr int kWarpRows = quantize_geometry(kHeadDim).rows_of_warp;
   static constexpr int kStages = quantize_geometry(kHeadDim).stages;
   static constexpr int kSlots = kHeadDim == 64 ? 8 : 4;  // tasks in work, more than stages
@@ -102,7 +107,7 @@ struct QuantizeShape {
     int given_infinite;                  // the given scale's tiles have an infinity
     int infinite;                        // this one has
     alignas(16) float values[kHeadDim];  // V: inverse scales of channels; K: its mean; as float4
-    float result[kHeadDim];              // largest |x| of channels or of warps, or sums of channels
+    float result[kTeamWarps];            // largest |x| of warps
   };
 
   struct Shared {
@@ -112,7 +117,7 @@ struct QuantizeShape {
     EmptyBarrier task_full[kSlots];    // the task is there
     EmptyBarrier given_full[kSlots];   // its given scales or mean are
     EmptyBarrier result_full[kSlots];  // the workers are done
-    EmptyBarrier task_empty[kSlots];   // so is the serving warp
+    EmptyBarrier task_empty[kSlots];   // so are both serving warps
     alignas(1024) uint4 stages[kStages][kParts * kQuantizeTokens * 8];
     alignas(1024) uint4 out[kTeams][kHeadDim * 8];
     uint4 signs[kVectors];           // to be xored with 8 elements
@@ -235,7 +240,7 @@ __device__ inline Task make_task(const QuantizeParams& params, int ticket, int& 
   const QuantizeTensor& tensor = params.tensors[stream.which];
   task.pass = stream.pass;
   task.which = stream.which;
-  task.last = stream.last;
+  task.kept = drawn.kept;
   const HeadOrder::Tile tile = tensor.order(drawn.tile);
   task.head = tile.head;
   task.sequence = tile.sequence;

@@ -73,13 +73,27 @@ struct FastDivide {
 // Sums of K's blocks are added up by as many, then those sums: the order settles the rounding.
 inline constexpr int kMeanBlocks = 16;
 
+// More blocks of threads than run at a time on any of these cards; there are no more.
+inline constexpr int kMaxQuantizeBlocks = 512;
+
+// What the workspace is for.
+struct QuantizeExtent {
+  std::int64_t batch, heads, heads_kv, head_dim, head_dim_v;
+  std::int64_t slots_q, slots_k;  // quantize_slots()
+  bool packed, smooth_k;
+  ScaleKind qk_scale, v_scale;
+};
+
 // The workspace, in words. First what is zero before the first tile: the number of the next ticket;
-// of q, k and v how many tiles of a head are measured, whether one of those that share a scale has
-// an infinity, and the bits of their largest finite |x|; and how many of K's sums are there. Then
-// the sums of K over each block of tokens.
+// what tiles of q, k and v found; and how many of K's sums are there. Then the sums of K over each
+// block of tokens.
+//
+// Where a head or a tensor shares a scale, `found` has two words a tile or two a block of threads,
+// see found.cuh. For scales of channels, and those of heads that v's tokens refer to, all tiles
+// raise `amax`, the bits of the largest finite |x|, and `infinite`, and are counted in `measured`.
 struct QuantizeWorkspace {
   struct Tensor {
-    std::int64_t measured = 0, infinite = 0, amax = 0;
+    std::int64_t found = 0, measured = 0, infinite = 0, amax = 0;
   };
   std::int64_t ticket = 0;
   Tensor tensors[3];                 // by QuantizeWhich
@@ -93,11 +107,9 @@ struct QuantizeWorkspace {
 
 enum QuantizeWhich { kV = 0, kQ = 1, kK = 2 };
 
-constexpr QuantizeWorkspace quantize_workspace(std::int64_t batch, std::int64_t heads,
-                                               std::int64_t heads_kv, std::int64_t head_dim,
-                                               std::int64_t head_dim_v, std::int64_t slots_k,
-                                               bool packed, bool smooth_k) {
+constexpr QuantizeWorkspace quantize_workspace(const QuantizeExtent& of) {
   QuantizeWorkspace w;
+  const std::int64_t sequences = of.packed ? 1 : of.batch;  // packed ones share counters
   std::int64_t end = 0;
   const auto take = [&](std::int64_t words) {
     const std::int64_t begin = end;
@@ -106,17 +118,25 @@ constexpr QuantizeWorkspace quantize_workspace(std::int64_t batch, std::int64_t 
   };
   w.ticket = take(32);  // a cache line that nothing else is in
   for (int which : {kV, kQ, kK}) {
-    const std::int64_t groups = batch * (which == kQ ? heads : heads_kv);
-    w.tensors[which].measured = take(groups);
-    w.tensors[which].infinite = take(groups);
-    w.tensors[which].amax = take(which == kV ? groups * head_dim_v : groups);
+    const ScaleKind scale = which == kV ? of.v_scale : of.qk_scale;
+    const std::int64_t heads = which == kQ ? of.heads : of.heads_kv;
+    const std::int64_t tiles = sequences * heads * (which == kQ ? of.slots_q : of.slots_k);
+    const bool raised = scale == ScaleKind::kChannel || (which == kV && scale == ScaleKind::kToken);
+    const std::int64_t groups = raised ? of.batch * heads : 0;
+    QuantizeWorkspace::Tensor& tensor = w.tensors[which];
+    tensor.found = take(scale == ScaleKind::kHead     ? 2 * tiles
+                        : scale == ScaleKind::kTensor ? 2 * kMaxQuantizeBlocks
+                                                      : 0);
+    tensor.measured = take(groups);
+    tensor.infinite = take(groups);
+    tensor.amax = take(scale == ScaleKind::kChannel ? groups * of.head_dim_v : groups);
   }
-  const std::int64_t blocks = smooth_k ? (packed ? 1 : batch) * heads_kv * slots_k : 0;
+  const std::int64_t blocks = of.smooth_k ? sequences * of.heads_kv * of.slots_k : 0;
   w.k_blocks_summed = take(blocks);
-  w.k_sums_summed = take(smooth_k ? batch * heads_kv : 0);
-  w.k_summed = take(smooth_k ? batch * heads_kv : 0);
+  w.k_sums_summed = take(of.smooth_k ? of.batch * of.heads_kv : 0);
+  w.k_summed = take(of.smooth_k ? of.batch * of.heads_kv : 0);
   w.zero_words = end;
-  w.k_partial = take(blocks * head_dim);
+  w.k_partial = take(blocks * of.head_dim);
   w.words = end;
   return w;
 }

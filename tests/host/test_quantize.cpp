@@ -156,37 +156,59 @@ void plans() {
   CHECK(status.message.find("more than 2^29 blocks") != std::string::npos);
 }
 
-// The parts of the workspace lie apart, and the last ends where it ends.
+// The parts of the workspace lie apart, each where it is needed, and the last ends where it ends.
+void workspace(const QuantizeExtent& of) {
+  check::context = "workspace, scales " + std::to_string(static_cast<int>(of.qk_scale)) + " and " +
+                   std::to_string(static_cast<int>(of.v_scale)) + (of.smooth_k ? ", smooth" : "") +
+                   (of.packed ? ", packed" : "");
+  const QuantizeWorkspace w = quantize_workspace(of);
+  struct Part {
+    std::int64_t begin, words;
+  };
+  std::vector<Part> parts = {{w.ticket, 1}};
+  for (int which : {kV, kQ, kK}) {
+    const ScaleKind scale = which == kV ? of.v_scale : of.qk_scale;
+    const std::int64_t heads = which == kQ ? of.heads : of.heads_kv;
+    const std::int64_t groups = of.batch * heads, slots = which == kQ ? of.slots_q : of.slots_k;
+    const auto& tensor = w.tensors[which];
+    CHECK(tensor.found % 2 == 0);  // of 8 bytes each
+    if (scale == ScaleKind::kTensor) parts.push_back({tensor.found, 2 * kMaxQuantizeBlocks});
+    if (scale == ScaleKind::kHead) {
+      parts.push_back({tensor.found, 2 * (of.packed ? heads : groups) * slots});
+    }
+    if (scale == ScaleKind::kChannel || (which == kV && scale == ScaleKind::kToken)) {
+      parts.push_back({tensor.measured, groups});
+      parts.push_back({tensor.infinite, groups});
+      parts.push_back({tensor.amax, scale == ScaleKind::kToken ? groups : groups * of.head_dim_v});
+    }
+  }
+  const std::int64_t means = of.smooth_k ? of.batch * of.heads_kv : 0;
+  const std::int64_t blocks = (of.packed ? of.heads_kv : means) * (of.smooth_k ? of.slots_k : 0);
+  parts.push_back({w.k_blocks_summed, blocks});
+  parts.push_back({w.k_sums_summed, means});
+  parts.push_back({w.k_summed, means});
+  std::int64_t end = 0, words = 0;
+  for (const Part& part : parts) {
+    CHECK(part.begin >= end && part.begin % 4 == 0);
+    end = part.begin + part.words;
+    words += part.words;
+  }
+  CHECK(w.zero_words >= end && w.k_partial >= w.zero_words);
+  // Nothing beside the parts but the ticket's cache line and what aligns them.
+  CHECK(w.zero_words <= words + 32 + 4 * static_cast<std::int64_t>(parts.size()));
+  CHECK(w.words >= w.k_partial + blocks * of.head_dim);
+}
+
 void workspaces() {
-  const std::int64_t batch = 2, heads = 5, heads_kv = 3, dim = 96, dim_v = 136, slots = 7;
   for (bool smooth : {false, true}) {
     for (bool packed : {false, true}) {
-      check::context =
-          std::string("workspace") + (smooth ? ", smooth" : "") + (packed ? ", packed" : "");
-      const QuantizeWorkspace w =
-          quantize_workspace(batch, heads, heads_kv, dim, dim_v, slots, packed, smooth);
-      const std::int64_t blocks = smooth ? (packed ? 1 : batch) * heads_kv * slots : 0;
-      const std::int64_t means = smooth ? batch * heads_kv : 0;
-      struct Part {
-        std::int64_t begin, words;
-      };
-      std::vector<Part> parts = {{w.ticket, 1}};
-      for (int which : {kV, kQ, kK}) {
-        const std::int64_t groups = batch * (which == kQ ? heads : heads_kv);
-        parts.push_back({w.tensors[which].measured, groups});
-        parts.push_back({w.tensors[which].infinite, groups});
-        parts.push_back({w.tensors[which].amax, which == kV ? groups * dim_v : groups});
+      for (ScaleKind qk :
+           {ScaleKind::kTensor, ScaleKind::kHead, ScaleKind::kBlock, ScaleKind::kToken}) {
+        for (ScaleKind v :
+             {ScaleKind::kTensor, ScaleKind::kHead, ScaleKind::kToken, ScaleKind::kChannel}) {
+          workspace({2, 5, 3, 96, 136, 4, 7, packed, smooth, qk, v});
+        }
       }
-      parts.push_back({w.k_blocks_summed, blocks});
-      parts.push_back({w.k_sums_summed, means});
-      parts.push_back({w.k_summed, means});
-      std::int64_t end = 0;
-      for (const Part& part : parts) {
-        CHECK(part.begin >= end && part.begin % 4 == 0);
-        end = part.begin + part.words;
-      }
-      CHECK(w.zero_words >= end && w.k_partial >= w.zero_words);
-      CHECK(w.words >= w.k_partial + blocks * dim);
     }
   }
 }

@@ -87,7 +87,7 @@ void groups() {
       const auto group = [&](int which) {
         return plan.params.tensors[which].order.by_group.divisor;
       };
-      const int heads = head_dim == 64 ? 8 : head_dim == 256 ? 2 : 4;
+      const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
       CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == (smooth ? 8 : 32));
       schedule_quantize(100, &plan);
       const auto starts = [&](int which) {
@@ -103,6 +103,40 @@ void groups() {
       CHECK(starts(kK) ==
             (smooth ? std::vector<int>{all, all + 512 + 300} : std::vector<int>{all}));
     }
+  }
+}
+
+// A tensor that shares a scale is measured while the one before it is quantized, from its end on;
+// of what is measured, L2 keeps as much as it has room for. Streams take turns in both orders.
+void whole_tensors() {
+  QuantizePlan plan;
+  Call call;
+  auto& a = call.args;
+  a.heads = a.heads_kv = 32;
+  a.batch = 1;
+  a.head_dim = a.head_dim_v = 128;
+  a.seqlen_q = a.seqlen_k = 128 * 64;
+  a.qk_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+  a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+  check::context = "tensors that share a scale";
+  CHECK(plan_quantize(a, &plan).ok());
+  schedule_quantize(100, &plan);
+  const QuantizeSchedule& s = plan.params.schedule;
+  const int all = 32 * 64, kept = kKeptBytes / (2 * 128 * 128);
+  CHECK(s.num_streams == 6);
+  for (int i = 0; i < s.num_streams; ++i) {
+    const QuantizeStream& stream = s.streams[i];
+    const bool measures = stream.pass == QuantizePass::kAmax;
+    CHECK(stream.start == i / 2 * all + (measures ? 0 : all + 100));
+    CHECK(stream.backwards == !measures && stream.kept_from == (measures ? all - kept : all));
+  }
+  // K is measured, V is quantized.
+  std::int32_t segment = 0;
+  const int first = all + 2 * 100 + 100;
+  for (int ticket = first; ticket < first + 100; ticket += 4) {
+    std::vector<int> streams;
+    for (int i = 0; i < 4; ++i) streams.push_back(s(ticket + i, segment).stream);
+    CHECK(streams[0] == streams[3] && streams[1] == streams[2] && streams[0] != streams[1]);
   }
 }
 
@@ -166,6 +200,7 @@ void head_orders() {
 int main() {
   head_orders();
   groups();
+  whole_tensors();
   schedules();
   return check::result();
 }

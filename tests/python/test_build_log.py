@@ -67,8 +67,8 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
     "e4m3fast_d256_masked": TRANSPOSING,
-    "quantize_launch": "the task's number, a token's scale, or one of a thread's 64 elements "
-    "where the largest is found",
+    "quantize_launch": "the task's number or its tensor's, a token's scale and whether it is "
+    "finite, or one of a thread's 64 elements where the largest is found",
 }
 # The logs of kernels that multiply no matrices.
 OTHER_KERNELS = (
