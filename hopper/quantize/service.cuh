@@ -211,11 +211,12 @@ __device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, f
     if (params.sign_bits[c / 32] >> c % 32 & 1) mean[c] = -mean[c];
   }
 #pragma unroll 1
-  for (int stride = 1; stride < 1 << params.hadamard_log2; stride *= 2) {
+  for (int stage = 0; stage < params.hadamard_log2; ++stage) {
+    const int stride = 1 << stage;
     __syncwarp();
 #pragma unroll 1
     for (int pair = lane; pair < head_dim / 2; pair += 32) {
-      const int c = pair / stride * 2 * stride + pair % stride;
+      const int c = 2 * pair - (pair & (stride - 1));
       butterfly(mean[c], mean[c + stride]);
     }
   }
@@ -298,9 +299,11 @@ __device__ void fetch(const QuantizeParams& params, typename Shape::Shared& shar
     shared.task_full[ring.stage].wait(ring.phase);
     typename Shape::Slot& slot = shared.slots[ring.stage];
     if (slot.task.none()) break;
-    while (!known.has_given(params, slot.task)) __nanosleep(50);
-    fetch_given<Shape>(params, known.given, slot);
-    __syncwarp();
+    if (slot.task.asks) {
+      while (!known.has_given(params, slot.task)) __nanosleep(50);
+      fetch_given<Shape>(params, known.given, slot);
+      __syncwarp();
+    }
     arrive_warp(shared.given_full[ring.stage]);
     arrive_warp(shared.task_empty[ring.stage]);
   }

@@ -38,6 +38,7 @@ struct Task {
   int seqlen;  // of the sequence
   int memory;  // first's place along the sequence dimension in memory
   int kept;    // in L2, for a later pass
+  int asks;    // it must know something that others find
 
   __device__ bool none() const { return which < 0; }
   // The index of (sequence, head).
@@ -252,6 +253,8 @@ __device__ inline Task make_task(const QuantizeParams& params, int ticket, int& 
     task.memory = task.first = task.slot * kQuantizeTokens;
   }
   task.rows = min(task.seqlen - task.first, kQuantizeTokens);
+  task.asks =
+      task.given_scale(tensor) || task.subtracts_mean(params) || task.finishes_factors(params);
   return task;
 }
 
