@@ -1,4 +1,5 @@
-// What a generated translation unit includes: it defines the launcher of one row of instances.def.
+// What a generated translation unit includes: the macro defines the launcher of one row of
+// instances.def.
 #pragma once
 
 #include "forward/launch.cuh"
