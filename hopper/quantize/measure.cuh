@@ -104,7 +104,7 @@ __device__ void measure_amax(const QuantizeTensor& tensor, typename Shape::Slot&
     if (place.thread % 32 == 0) slot.result[place.thread / 32] = __uint_as_float(bits);
     return;
   }
-  // Raised here, by all warps: the serving warp only counts the tile.
+  // Raised here, by all warps: the publishing warp only counts the tile.
   const std::uint32_t word = largest_of_lanes(largest);
   float low, high;
   unpack(word, low, high, Element{});
@@ -235,7 +235,7 @@ __device__ bool any_infinite(const float (&sum)[kCount]) {
 }
 
 // K's sums over the tile, before signs and Hadamard, which are taken of their mean: both are
-// linear. All warps store them; the serving warp only counts the tile.
+// linear. All warps store them; the publishing warp only counts the tile.
 template <class Shape>
 __device__ void measure_sums(const QuantizeParams& params, typename Shape::Slot& slot,
                              const uint4* stage) {
