@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads)
     convert_kernel(__grid_constant__ const ConvertParams params) {
   constexpr DqLayout kOwn = kLayout<kHeadDim>;
   constexpr int kStride = kHeadDim + kPadding, kGroups = kOwn.elements() / 4;
-  static_assert(!kOwn.transposed() && kGroups % kThreads == 0, "pairs of columns, no remainder");
+  static_assert(kGroups % kThreads == 0, "no remainder");
   __shared__ __align__(16) Element tile[kOwn.tile_m * kStride];
   const QueryBlock own = query_block<kPacked>(params.queries, blockIdx.x);
   wait_for_last_kernel();

@@ -10,18 +10,14 @@
 
 namespace hopper_attention {
 
-// The operands of a consumer's share of dQ = dS K, or of its transpose.
+// The operands of a consumer's share of dQ = dS K.
 template <class Traits>
 CUTE_DEVICE auto dq_operands(typename Traits::SharedStorage& shared, int first_thread) {
   using namespace cute;
   auto slice = typename Traits::MmaDq{}.get_thread_slice(first_thread);
   Tensor sKt = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutKts{});
   Tensor sdS = make_tensor(make_smem_ptr(shared.ds[0]), typename Traits::LayoutDs{});
-  if constexpr (Traits::kDqTransposed) {
-    return make_tuple(slice.partition_fragment_A(sKt), slice.partition_fragment_B(sdS));
-  } else {
-    return make_tuple(slice.partition_fragment_A(sdS), slice.partition_fragment_B(sKt));
-  }
+  return make_tuple(slice.partition_fragment_A(sdS), slice.partition_fragment_B(sKt));
 }
 
 // Issues one slice of it, or adds to it. slot: which K.
@@ -37,11 +33,7 @@ CUTE_DEVICE void issue_dq(Operands const& operands, int ds_stage, int slot, int 
   mma.accumulate_ = kFresh ? GMMA::ScaleOut::Zero : GMMA::ScaleOut::One;
   CUTE_UNROLL
   for (int k = 0; k < Traits::kTileN / 16; ++k) {
-    if constexpr (Traits::kDqTransposed) {
-      gemm(mma, a(_, _, k, slot), b(_, _, k, ds_stage), dq);
-    } else {
-      gemm(mma, a(_, 0, k, ds_stage), b(_, slice, k, slot), dq(_, 0, 0));
-    }
+    gemm(mma, a(_, 0, k, ds_stage), b(_, slice, k, slot), dq(_, 0, 0));
     mma.accumulate_ = GMMA::ScaleOut::One;
   }
   warpgroup_commit_batch();

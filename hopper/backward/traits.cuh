@@ -71,7 +71,6 @@ struct BackwardTraits {
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
   static constexpr bool kDqBulk = kConfig.dq_path == DqPath::kBulk;
-  static constexpr bool kDqTransposed = make_dq_layout(kConfig).transposed();
   static constexpr int kThreads = num_threads(kConfig);
   static constexpr int kSlab = slab_columns(kHeadDim, sizeof(Element));  // of Q
   static constexpr int kSlabK = key_slab_columns(kConfig);
@@ -164,16 +163,7 @@ struct BackwardTraits {
 
   static constexpr auto make_mma_dq() {
     using namespace cute;
-    if constexpr (kDqSplit == DqSplit::kTransposed) {
-      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, M, N>,
-                                                 GMMA::Major::MN, GMMA::Major::K>(),
-                            ByRows{});
-    } else if constexpr (kDqSplit == DqSplit::kTransposedRows) {
-      using Part = Int<kTileM / kConsumers>;
-      return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, Part, N>,
-                                                 GMMA::Major::MN, GMMA::Major::K>(),
-                            ByColumns{});
-    } else if constexpr (kDqSplit == DqSplit::kRows) {
+    if constexpr (kDqSplit == DqSplit::kRows) {
       return make_tiled_mma(GMMA::ss_op_selector<Element, Element, float, Shape<Rows, D, N>,
                                                  GMMA::Major::K, GMMA::Major::MN>(),
                             ByRows{});
@@ -185,8 +175,7 @@ struct BackwardTraits {
     }
   }
   using MmaDq = decltype(make_mma_dq());
-  using ShapeDq = cute::conditional_t<kDqTransposed, cute::Shape<D, M>,
-                                      cute::Shape<M, cute::Int<kHeadDim / kDqSlices>>>;  // a slice
+  using ShapeDq = cute::Shape<M, cute::Int<kHeadDim / kDqSlices>>;  // a slice
 
   static constexpr int kQElements = kTileM * kHeadDim;
   static constexpr int kDoElements = kTileM * kHeadDimV;

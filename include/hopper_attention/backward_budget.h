@@ -205,11 +205,6 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "dQ by rows: tile_m 64 a consumer";
   if (dq_split == DqSplit::kColumns && config.tile_m != kConsumerRows)
     return "dQ by columns: tile_m 64";
-  if (dq_split == DqSplit::kTransposed && config.key.head_dim != all_rows)
-    return "transposed dQ: head_dim 64 a consumer";
-  if (dq_split == DqSplit::kTransposedRows &&
-      (config.key.head_dim != kConsumerRows || config.tile_m % (16 * config.num_consumers) != 0))
-    return "transposed dQ by rows: head_dim 64, tile_m 16s a consumer";
   if (config.stages < 1 || config.dout_stages < 1 || config.ds_stages < 1) return "stages";
   if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
   if (config.late_dq && (config.roles != Roles::kAlike || !config.ahead_scores))

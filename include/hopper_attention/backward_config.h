@@ -32,10 +32,8 @@ enum class Roles : int {
 
 // How the consumers of a block share the product dQ = dS K, (tile_m x head_dim).
 enum class DqSplit : int {
-  kRows = 0,            // kConsumerRows query rows each
-  kColumns = 1,         // kConsumerRows query rows in all, an equal part of the columns each
-  kTransposed = 2,      // dQ^T = K^T dS^T: kConsumerRows columns each, any number of rows
-  kTransposedRows = 3,  // likewise: kConsumerRows columns in all, an equal part of the rows each
+  kRows = 0,     // kConsumerRows query rows each
+  kColumns = 1,  // kConsumerRows query rows in all, an equal part of the columns each
 };
 
 // How dQ reaches its accumulator in global memory.

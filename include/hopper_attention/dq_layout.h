@@ -24,13 +24,9 @@ struct DqLayout {
   int slices;  // of kColumns; else 1
 
   HOPPER_ATTENTION_HD constexpr int elements() const { return tile_m * head_dim; }
-  HOPPER_ATTENTION_HD constexpr bool transposed() const {
-    return split == DqSplit::kTransposed || split == DqSplit::kTransposedRows;
-  }
 
   // Of the first of four neighbours at 4 * group. The second is one column to its right, the third
-  // and fourth lie eight rows below these two; where dQ is transposed, rows and columns change
-  // places.
+  // and fourth lie eight rows below these two.
   HOPPER_ATTENTION_HD constexpr DqPosition operator()(int group) const {
     const int consumer_groups = elements() / (4 * num_consumers);
     const int consumer = group / consumer_groups;
@@ -38,18 +34,9 @@ struct DqLayout {
     const int thread = within % 128;
     const int row = thread / 32 * 16 + thread % 32 / 4;
     const int column = within / 128 * 8 + thread % 4 * 2;
-    switch (split) {
-      case DqSplit::kRows:
-        return {consumer * 64 + row, column};
-      case DqSplit::kColumns: {
-        const int piece = head_dim / (num_consumers * slices);
-        return {row, (column / piece * num_consumers + consumer) * piece + column % piece};
-      }
-      case DqSplit::kTransposed:
-        return {column, consumer * 64 + row};
-      default:
-        return {consumer * (tile_m / num_consumers) + column, row};
-    }
+    if (split == DqSplit::kRows) return {consumer * 64 + row, column};
+    const int piece = head_dim / (num_consumers * slices);
+    return {row, (column / piece * num_consumers + consumer) * piece + column % piece};
   }
 };
 

@@ -124,7 +124,7 @@ void thirds_are_refused_where_they_cannot_run() {
   const Change changes[] = {
       [](BackwardConfig& c) { c.tile_n = 80; },
       [](BackwardConfig& c) { c.num_consumers = 2; },
-      [](BackwardConfig& c) { c.dq_split = DqSplit::kTransposed; },
+      [](BackwardConfig& c) { c.dq_split = DqSplit::kRows; },
       [](BackwardConfig& c) { c.dq_slices = 2; },
       [](BackwardConfig& c) { c.key.head_dim = 256; },
       [](BackwardConfig& c) { c.key.head_dim_v = 96; },
@@ -208,16 +208,8 @@ int column_of(const DqLayout& layout, int consumer, int own) {
 DqPosition position_of(const DqLayout& layout, int consumer, int thread, int i) {
   const int row = thread / 32 * 16 + i / 2 % 2 * 8 + thread % 32 / 4;
   const int column = i / 4 * 8 + thread % 4 * 2 + i % 2;
-  switch (layout.split) {
-    case DqSplit::kRows:
-      return {consumer * 64 + row, column};
-    case DqSplit::kColumns:
-      return {row, column_of(layout, consumer, column)};
-    case DqSplit::kTransposed:
-      return {column, consumer * 64 + row};
-    default:
-      return {consumer * (layout.tile_m / layout.num_consumers) + column, row};
-  }
+  if (layout.split == DqSplit::kRows) return {consumer * 64 + row, column};
+  return {row, column_of(layout, consumer, column)};
 }
 
 // A consumer's accumulators lie one after the other, 16 bytes a thread at a time.
@@ -230,9 +222,8 @@ void accumulator_places_are_those_of_the_threads(const DqLayout& layout) {
       for (int i = 0; i < consumer_elements / 128; ++i) {
         const int place = consumer * consumer_elements + (i / 4 * 128 + thread) * 4 + i % 4;
         DqPosition found = layout(place / 4);
-        const int beside = i % 2, below = i / 2 % 2 * 8;
-        found.row += layout.transposed() ? beside : below;
-        found.column += layout.transposed() ? below : beside;
+        found.row += i / 2 % 2 * 8;
+        found.column += i % 2;
         const DqPosition expected = position_of(layout, consumer, thread, i);
         CHECK(found.row == expected.row && found.column == expected.column);
         CHECK(found.row >= 0 && found.row < layout.tile_m);
@@ -259,11 +250,10 @@ void every_element_of_dq_has_one_place() {
       CHECK(found.row == expected.row && found.column == expected.column);
     }
   }
-  const DqLayout others[] = {
-      {DqSplit::kRows, 128, 96, 2, 1},          {DqSplit::kRows, 192, 64, 3, 1},
-      {DqSplit::kColumns, 64, 96, 3, 1},        {DqSplit::kColumns, 64, 256, 2, 4},
-      {DqSplit::kTransposed, 80, 128, 2, 1},    {DqSplit::kTransposed, 64, 192, 3, 1},
-      {DqSplit::kTransposedRows, 128, 64, 2, 1}};
+  const DqLayout others[] = {{DqSplit::kRows, 128, 96, 2, 1},
+                             {DqSplit::kRows, 192, 64, 3, 1},
+                             {DqSplit::kColumns, 64, 96, 3, 1},
+                             {DqSplit::kColumns, 64, 256, 2, 4}};
   for (const DqLayout& layout : others) {
     check::context = "split " + std::to_string(static_cast<int>(layout.split)) + ", " +
                      std::to_string(layout.tile_m) + " x " + std::to_string(layout.head_dim);
