@@ -60,7 +60,7 @@ def make_calls(inputs: tuple[str, ...], more: tuple[str, ...], sink: bool = Fals
         operator's arguments.
     """
     tensors = ("dout", "dlse", "q", "k", "v", "out", "lse", *inputs)
-    scalars = ("softmax_scale", "causal", "window_left", "window_right", "softcap", "deterministic")
+    scalars = (*ops.SCALAR_NAMES[:-1], "deterministic")
     return CallTable(
         ("all deterministic", *tensors, *scalars),
         ("dq", "dk", "dv", *(("dsink",) if sink else ()), "workspace"),

@@ -42,6 +42,7 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 # deterministic says how the gradients are to be computed (ops_backward.py), at which the forward
 # pass does not look.
 Scalars = tuple[float, bool, int, int, float, int]
+SCALAR_NAMES = ("softmax_scale", "causal", "window_left", "window_right", "softcap", "sm_margin")
 # Of its last four. An argument that a call leaves out costs the dispatcher nothing, another 0.2 us.
 DEFAULTS = (UNBOUNDED, UNBOUNDED, 0.0, 0)
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
@@ -70,10 +71,7 @@ _plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
 # Calls that were made before, without their Python.
 _calls = CallTable(
-    (
-        *("q", "k", "v", "softmax_scale", "causal", "window_left", "window_right", "softcap"),
-        *("sm_margin", "learnable_sink"),
-    ),
+    ("q", "k", "v", *SCALAR_NAMES, "learnable_sink"),
     ("out", "lse"),
     ("q", "k", "v", "out", "lse", "shared workspace", "stream", "learnable_sink"),
     lambda: (_empty, _current_device, _workspace),
@@ -112,27 +110,14 @@ def _forward_cuda(
     learnable_sink: torch.Tensor | None = None,
     deterministic: bool = False,
 ) -> Outputs:
-    again: Outputs | None = _calls.call(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        window_left,
-        window_right,
-        softcap,
-        sm_margin,
-        learnable_sink,
-    )
+    scalars = (softmax_scale, causal, window_left, window_right, softcap, sm_margin)
+    again: Outputs | None = _calls.call(q, k, v, *scalars, learnable_sink)
     if again is not None:
         return again
     device_index = q.get_device()
     if device_index != _current_device():
         with torch.cuda.device(q.device):
-            return _forward_cuda(
-                *(q, k, v, softmax_scale, causal, window_left, window_right, softcap, sm_margin),
-                learnable_sink,
-            )
+            return _forward_cuda(q, k, v, *scalars, learnable_sink)
     key = (  # as of key_of, whose calls would take 0.5 us
         q.shape,
         k.shape,
@@ -143,12 +128,7 @@ def _forward_cuda(
         q.dtype,
         k.dtype,
         v.dtype,
-        softmax_scale,
-        causal,
-        window_left,
-        window_right,
-        softcap,
-        sm_margin,
+        *scalars,
     )
     plan = _plans.get(key)
     q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -157,7 +137,7 @@ def _forward_cuda(
         or (q_address | k_address | v_address) & 15
         or not k.get_device() == v.get_device() == device_index
     ):
-        q, k, v, plan = _make_plan(key, q, k, v, key[-6:])
+        q, k, v, plan = _make_plan(key, q, k, v, scalars)
         q_address, k_address, v_address = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if learnable_sink is not None:
         learnable_sink = sink_in_place(learnable_sink, q)
@@ -179,7 +159,7 @@ def _forward_cuda(
         0 if learnable_sink is None else learnable_sink.data_ptr(),
     )
     # Tensors that were copied are remembered as the copies, which need none.
-    _calls.remember((q, k, v, *key[-6:], learnable_sink), run, (out_layout, lse_layout), 2)
+    _calls.remember((q, k, v, *scalars, learnable_sink), run, (out_layout, lse_layout), 2)
     return out, lse
 
 

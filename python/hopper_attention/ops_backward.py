@@ -74,14 +74,13 @@ def _backward_cuda(
 ) -> Gradients:
     kind = _DENSE if len(rest) == _NUM_SCALARS else _WITH_SINK
     all_deterministic = torch.are_deterministic_algorithms_enabled()
-    again: Gradients | None = kind.calls.call(
-        all_deterministic, dout, dlse, q, k, v, out, lse, *rest
-    )
+    arguments = (dout, dlse, q, k, v, out, lse, *rest)
+    again: Gradients | None = kind.calls.call(all_deterministic, *arguments)
     if again is not None:
         return again
     if q.get_device() != ops._current_device():
         with torch.cuda.device(q.device):
-            return _backward_cuda(dout, dlse, q, k, v, out, lse, *rest)
+            return _backward_cuda(*arguments)
     sink, scalars = _split(rest)
     dtype, dims = _check(dout, dlse, q, k, v, out, lse, scalars)
     more = () if sink is None else (ops.sink_in_place(sink, q),)

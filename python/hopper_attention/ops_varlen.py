@@ -54,19 +54,7 @@ class Plan(NamedTuple):
 
 _plans: dict[tuple[Any, ...], Plan] = {}  # as ops.py's
 _calls = CallTable(  # as ops.py's
-    (
-        *(
-            "q",
-            "k",
-            "v",
-            *Lengths._fields,
-            "softmax_scale",
-            "causal",
-            "window_left",
-            "window_right",
-        ),
-        *("softcap", "sm_margin"),
-    ),
+    ("q", "k", "v", *Lengths._fields, *ops.SCALAR_NAMES),
     ("out", "lse", "workspace"),
     ("q", "k", "v", *Lengths._fields, "out", "lse", "workspace", "stream"),
     lambda: (ops._empty, ops._current_device, ops._workspace),
