@@ -102,27 +102,29 @@ CUTE_DEVICE void keep_turns(BackwardParams const& params, Tiles const& tiles,
   });
 }
 
-// Hands it to the producer.
+// Hands parts of it to the producer: a consumer's own, or all, one after the other.
 template <class Traits>
 struct BulkDq {
-  EmptyBarrier& full;
-  EmptyBarrier& empty;
-  float4* shared;  // this thread's
+  static_assert(Traits::kDqSlices == 1, "a part has one buffer");
+  EmptyBarrier* full;  // of the first part
+  EmptyBarrier* empty;
+  float4* shared;  // this thread's of the first part
   std::uint32_t phase = 0;
 
   CUTE_DEVICE void begin() {}
-  CUTE_DEVICE void end() {}
+  CUTE_DEVICE void end() { phase ^= 1; }
   template <class Fragment>
-  CUTE_DEVICE void add(Fragment const& dq, std::int64_t, int) {
-    empty.wait(phase ^ 1);
+  CUTE_DEVICE void add(Fragment const& dq, std::int64_t, int part) {
+    constexpr int kSize = decltype(cute::size(dq))::value;
+    empty[part].wait(phase ^ 1);
     CUTE_UNROLL
-    for (int i = 0; i < decltype(cute::size(dq))::value; i += 4) {
-      shared[i / 4 * kWarpgroupThreads] = make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
+    for (int i = 0; i < kSize; i += 4) {
+      shared[(part * kSize + i) / 4 * kWarpgroupThreads] =
+          make_float4(dq(i), dq(i + 1), dq(i + 2), dq(i + 3));
     }
     cute::tma_store_fence();
     __syncwarp();
-    arrive_warp(full);
-    phase ^= 1;
+    arrive_warp(full[part]);
   }
 };
 
@@ -132,7 +134,7 @@ CUTE_DEVICE auto make_dq_adder(BackwardParams const& params, typename Traits::Sh
   if constexpr (Traits::kDqBulk) {
     auto& barriers = shared.barriers;
     return BulkDq<Traits>{
-        barriers.dq_full[consumer], barriers.dq_empty[consumer],
+        barriers.dq_full + consumer, barriers.dq_empty + consumer,
         reinterpret_cast<float4*>(shared.dq + consumer * Traits::kDqElements) + thread};
   } else {
     float* accumulator = params.workspace.dq + consumer * Traits::kDqElements + thread * 4;

@@ -192,7 +192,8 @@ CUTE_DEVICE void store_part(BackwardParams const& params, KeyTile const& tile,
   convert_fragment<Element>(gradient, rounded);
   using LayoutStored =
       cute::conditional_t<kValues, typename Part::LayoutDvt, typename Part::LayoutDkt>;
-  Tensor stored = make_tensor(make_smem_ptr(buffer), LayoutStored{});
+  Tensor stored =
+      as_position_independent_swizzle_tensor(make_tensor(make_smem_ptr(buffer), LayoutStored{}));
   using MmaGradient = typename Part::template MmaGradient<kValues>;
   auto copy_out = make_tiled_copy_C(Copy_Atom<SM90_U16x8_STSM_T, Element>{}, MmaGradient{});
   auto thread_copy = copy_out.get_thread_slice(part * kWarpgroupThreads + thread);

@@ -70,13 +70,19 @@ CUTE_DEVICE auto make_dv() {
   return cute::partition_fragment_C(typename Traits::MmaDv{}, Shape{});
 }
 
-// kValues: the consumer has columns of dV.
-template <class Traits, bool kValues>
+// kScores: the consumer has the scores of some keys, else it has dQ.
+template <class Traits, bool kScores>
 CUTE_DEVICE void consume_third(BackwardParams const& params, KeyTile const& tile,
                                typename Traits::SharedStorage& shared, int consumer, int thread) {
+  constexpr int kWithValues = gradient_parts(Traits::kConfig, Traits::kHeadDimV);
+  constexpr bool kValues = kScores || kWithValues == Traits::kConsumers;
   auto rdK = make_part_gradient<Traits, false>();
   auto rdV = make_part_gradient<Traits, true>();
-  accumulate_third<Traits, kValues>(params, tile, shared, consumer, thread, rdK, rdV);
+  if constexpr (kScores) {
+    accumulate_scores_third<Traits>(params, tile, shared, consumer, thread, rdK, rdV);
+  } else {
+    accumulate_dq_third<Traits, kValues>(params, tile, shared, consumer, thread, rdK, rdV);
+  }
   sync_consumers(Traits::kConsumers);
   if constexpr (kValues) store_part<Traits, true>(params, tile, shared, consumer, thread, rdV);
   store_part<Traits, false>(params, tile, shared, consumer, thread, rdK);
@@ -87,10 +93,9 @@ CUTE_DEVICE void consume(BackwardParams const& params, KeyTile const& tile,
                          typename Traits::SharedStorage& shared, int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   if constexpr (Traits::kThirds) {
-    constexpr int kWithValues = gradient_parts(Traits::kConfig, Traits::kHeadDimV);
-    if (kWithValues == Traits::kConsumers || consumer < kWithValues) {
+    if (consumer < kScorers) {
       consume_third<Traits, true>(params, tile, shared, consumer, thread);
-    } else if constexpr (kWithValues < Traits::kConsumers) {
+    } else {
       consume_third<Traits, false>(params, tile, shared, consumer, thread);
     }
   } else if (consumer == 0) {

@@ -1,5 +1,5 @@
-// What consumers that share a block's keys compute and multiply: each S, P, dP and dS of all
-// queries and a part of the keys.
+// What consumers that share a block's keys compute and multiply: S, P, dP and dS of all queries and
+// a part of the keys, and parts of the gradients.
 //
 // Queries are the rows of S and dP here, and columns of dO and Q those of the gradients, which are
 // computed transposed: so the keys of a block need not be 64 for each consumer. P and dS pass
@@ -18,14 +18,14 @@ struct PartTraits {
   using N = typename Traits::N;
   using Rows = typename Traits::Rows;
   using Stages = cute::Int<Traits::kDsStages>;
-  static constexpr int kKeys = Traits::kTileN / Traits::kConsumers;  // of a consumer
+  static constexpr int kKeys = Traits::kTileN / kScorers;  // of a consumer's scores
   static constexpr int kSlabP = ds_slab_columns(Traits::kTileN);
 
   // S and dP, (queries x keys)
   using MmaScores = decltype(cute::make_tiled_mma(
       cute::GMMA::ss_op_selector<Element, Element, float,
                                  cute::Shape<Rows, cute::Int<kKeys>, typename Traits::D>>(),
-      typename Traits::ByColumns{}));
+      cute::Layout<cute::Shape<cute::_1, cute::Int<kScorers>, cute::_1>>{}));
   using ShapeScores = cute::Shape<M, N>;
   // dV^T and dK^T, (columns x keys): those of kParts consumers, each with as many columns.
   template <int kParts>
@@ -97,39 +97,53 @@ CUTE_DEVICE void mask_rows(Mask const& mask, int row, int first_key, Scores& p) 
   }
 }
 
-// dS = P * (dP - delta) in 16 bits. lse_log2: for soft caps.
-template <class Traits, class Scores, class Operand>
-CUTE_DEVICE void round_ds_rows(BackwardParams const& params, RowPair const& delta,
-                               RowPair const& lse_log2, Scores const& p, Scores const& dp,
-                               Operand& ds16) {
-  auto ds = [&](int i) {
-    const int row = fragment_row(i);
-    if constexpr (Traits::kCapped) {
-      return capped_ds_of(params, p(i), dp(i), delta.of[row], lse_log2.of[row]);
-    } else {
-      return ds_of(p(i), dp(i), delta.of[row]);
-    }
-  };
-  CUTE_UNROLL
-  for (int i = 0; i < decltype(cute::size(p))::value; i += 2) round_pair(ds16, i, ds(i), ds(i + 1));
+// dS = P * (dP - delta) of an element. lse_log2: for soft caps.
+template <class Traits, class Scores>
+CUTE_DEVICE float ds_of_rows(BackwardParams const& params, RowPair const& delta,
+                             RowPair const& lse_log2, Scores const& p, Scores const& dp, int i) {
+  const int row = fragment_row(i);
+  if constexpr (Traits::kCapped) {
+    return capped_ds_of(params, p(i), dp(i), delta.of[row], lse_log2.of[row]);
+  } else {
+    return ds_of(p(i), dp(i), delta.of[row]);
+  }
 }
 
-// A consumer's part of P or dS into a buffer of all: a warp has 16 rows, and stores 16 columns of
-// them at a time.
-template <class Traits, class Element, class Operand>
-CUTE_DEVICE void write_part(Element* buffer, int stage, int consumer, int thread,
-                            Operand const& operand) {
+// Where a thread begins to store its part of P or dS: bytes from a buffer's begin, but for its
+// consumer's first column. A warp has 16 rows, and stores 16 columns of them at a time.
+template <class Traits>
+CUTE_DEVICE std::uint32_t part_offset(int thread) {
+  const int row = thread / 32 * 16 + thread % 16, column = thread % 32 / 16 * 8;
+  // The swizzle is one of bytes: called on its own, the layout would swizzle elements.
+  typename Traits::LayoutDs layout;
+  return layout.layout_a()(layout.layout_b()(row, column, 0) * kElementBytes);
+}
+
+// A consumer's part of P or dS in 16 bits into a buffer of all. value_of(i): an element of the
+// thread's fragment; offset: part_offset.
+template <class Traits, class Element, class ValueOf>
+CUTE_DEVICE void write_part(Element* buffer, int consumer, std::uint32_t offset, ValueOf value_of) {
   using namespace cute;
-  constexpr int kKeys = PartTraits<Traits>::kKeys;
-  Tensor to = make_tensor(make_smem_ptr(buffer), typename Traits::LayoutDs{});
-  const int row = thread / 32 * 16 + thread % 16;
-  const int column = consumer * kKeys + thread % 32 / 16 * 8;
-  auto const* words = reinterpret_cast<std::uint32_t const*>(operand.data());
+  constexpr int kPieces = PartTraits<Traits>::kKeys / 16;
+  // Pieces of 16 columns: two in a slab, of 64 bytes a row, in which the swizzle is an exclusive
+  // or.
+  static_assert(PartTraits<Traits>::kSlabP == 32);
+  constexpr int kSlabBytes = Traits::kTileM * 32 * kElementBytes;
   CUTE_UNROLL
-  for (int i = 0; i < kKeys / 16; ++i) {
-    auto& first = *reinterpret_cast<uint128_t*>(&to(row, column + 16 * i, stage));
-    SM90_U32x4_STSM_N::copy(words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3],
-                            first);
+  for (int i = 0; i < kPieces; ++i) {
+    Tensor rounded = make_tensor<Element>(Int<8>{});
+    CUTE_UNROLL
+    for (int j = 0; j < 8; j += 2) {
+      round_pair(rounded, j, value_of(8 * i + j), value_of(8 * i + j + 1));
+    }
+    auto const* words = reinterpret_cast<std::uint32_t const*>(rounded.data());
+    const int piece = consumer * kPieces + i;
+    const std::uint32_t address =
+        cast_smem_ptr_to_uint(buffer) + piece / 2 * kSlabBytes + (offset ^ (piece % 2 * 32u));
+    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};\n"
+                 :
+                 : "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
   }
   tma_store_fence();  // the tensor cores read what ordinary stores wrote
 }

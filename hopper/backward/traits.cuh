@@ -195,7 +195,7 @@ struct BackwardTraits {
     FullBarrier peer_ds_full[kClustered ? kDsStages : 0];
     EmptyBarrier p_full;
     EmptyBarrier p_empty;
-    EmptyBarrier dq_full[kConsumers];
+    EmptyBarrier dq_full[kConsumers];   // a part each; in thirds all are the last consumer's
     EmptyBarrier dq_empty[kConsumers];  // or, where consumers add themselves: their turn has come
     // Of consumers alike: a tile is known; nobody needs it, its K and its V any longer; dK and dV
     // are in shared memory.

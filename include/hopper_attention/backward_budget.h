@@ -13,8 +13,10 @@ constexpr int num_threads(const BackwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
 constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
-// Consumers that share a block's keys: each has the scores of some, and gradients of all.
+// Consumers that share a block's keys: two have the scores of half each, all have gradients of all.
 constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == Roles::kThirds; }
+// Of thirds: consumers that have scores. The last one has dQ.
+inline constexpr int kScorers = 2;
 constexpr bool is_clustered(const BackwardConfig& config) { return config.cluster > 1; }
 // Keys whose queries a block goes through: those of its cluster, or its own.
 constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster * config.tile_n; }
@@ -94,9 +96,9 @@ constexpr int delta_stages(const BackwardConfig& config) {
 constexpr int statistics_bytes(const BackwardConfig& config) {
   return (config.stages + delta_stages(config)) * config.tile_m * 4;
 }
-// A full and an empty barrier for each stage of Q, dO and dS, for each consumer's dQ and for P; one
-// full barrier for K and one for V, and in a cluster for each copy of the other block's dS; 8 bytes
-// each.
+// A full and an empty barrier for each stage of Q, dO and dS, for each consumer's part of dQ and
+// for P; one full barrier for K and one for V, and in a cluster for each copy of the other block's
+// dS; 8 bytes each.
 constexpr int barrier_bytes(const BackwardConfig& config) {
   const int of_tiles = are_alike(config) ? 5 * tile_slots(config) + 2 : 2;
   return 8 * (of_tiles + 2 * (config.stages + config.dout_stages) +
@@ -130,7 +132,8 @@ constexpr int shared_bytes(const BackwardConfig& config) {
 
 // Accumulators and 16-bit operands of one consumer thread at its fullest: its gradients always; S
 // and dP together, or the next S beside dQ. Of a pair each has one gradient, and one of S and dP;
-// of thirds 64 columns of both gradients, and a third of S and dP. Late, dQ is there beside both.
+// of thirds 64 columns of both gradients, and half of S and dP, or a part of dQ. Late, dQ is there
+// beside both.
 constexpr int fragment_registers(const BackwardConfig& config) {
   const int dk = accumulator_registers(config.key.head_dim);
   const int dv = accumulator_registers(config.key.head_dim_v);
@@ -138,7 +141,7 @@ constexpr int fragment_registers(const BackwardConfig& config) {
   const int dq =
       dq_elements(config) / (config.num_consumers * kWarpgroupThreads * config.dq_slices);
   if (in_thirds(config)) {
-    const int part = accumulator_registers(config.tile_n / config.num_consumers);
+    const int part = accumulator_registers(config.tile_n / kScorers);
     return 2 * accumulator_registers(config.tile_n) + (dq > 2 * part ? dq : 2 * part);
   }
   if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
@@ -148,6 +151,8 @@ constexpr int fragment_registers(const BackwardConfig& config) {
   }
   return dk + dv + scores + (dq > scores ? dq : scores);
 }
+// What a consumer's thread needs beside them: in thirds no product has an operand in registers.
+constexpr int other_registers(const BackwardConfig& config) { return in_thirds(config) ? 16 : 20; }
 
 // Columns of the swizzle atom that spans `columns` of dS: 128, 64 or 32 bytes.
 constexpr int ds_slab_columns(int columns) {
@@ -165,14 +170,17 @@ constexpr const char* cluster_error(const BackwardConfig& config) {
   return nullptr;
 }
 // The next step's S is issued before this one's Q is given back, so there are two stages of Q. That
-// dO has one is what the consumers rely on (thirds_mma.cuh).
+// dO has one is what the consumers rely on (thirds_mma.cuh). Half of the keys are whole pieces of
+// 16 columns of P and dS, in slabs of 32 (part_mma.cuh).
 constexpr const char* thirds_error(const BackwardConfig& config) {
-  if (config.num_consumers != 3 || config.tile_n % 48 != 0)
-    return "thirds: 3 consumers, tile_n 48s";
+  if (config.num_consumers != 3 || config.tile_n % 64 != 32)
+    return "thirds: 3 consumers, tile_n 64s and 32";
   if (config.dq_split != DqSplit::kColumns || config.dq_slices != 1)
     return "thirds: dQ by columns, in one slice";
-  if (config.key.head_dim != 3 * kConsumerRows || config.key.head_dim_v % kConsumerRows != 0)
-    return "thirds: head dim 192, V's 64s";
+  if (config.dq_path != DqPath::kBulk) return "thirds: dQ by bulk adds";
+  if (config.key.head_dim != 3 * kConsumerRows ||
+      (config.key.head_dim_v != 2 * kConsumerRows && config.key.head_dim_v != 3 * kConsumerRows))
+    return "thirds: head dim 192, V's 128 or 192";
   if (config.stages < 2) return "thirds: 2 stages of Q or more";
   if (config.dout_stages != 1 || config.ds_stages != 1) return "thirds: one stage of dO and of dS";
   if (config.ahead_scores) return "thirds: S is ahead as it is";
@@ -213,7 +221,7 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "dQ late: 2 stages or more, as many of dS";
   if (config.late_dq && config.dq_slices != 1) return "dQ late: one slice";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
-  if (fragment_registers(config) + 20 > split.consumer) return "registers";
+  if (fragment_registers(config) + other_registers(config) > split.consumer) return "registers";
   if (!in_thirds(config) && !is_clustered(config) && config.dout_stages != config.stages)
     return "as many stages of dO as of Q";
   if (are_alike(config) && !config.ds_waits && config.ds_stages < free_ds_stages(config))

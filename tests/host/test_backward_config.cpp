@@ -123,11 +123,14 @@ void late_dq_counts_every_fragment() {
 void thirds_are_refused_where_they_cannot_run() {
   const Change changes[] = {
       [](BackwardConfig& c) { c.tile_n = 80; },
+      [](BackwardConfig& c) { c.tile_n = 64; },
       [](BackwardConfig& c) { c.num_consumers = 2; },
       [](BackwardConfig& c) { c.dq_split = DqSplit::kRows; },
       [](BackwardConfig& c) { c.dq_slices = 2; },
+      [](BackwardConfig& c) { c.dq_path = DqPath::kDirect; },
       [](BackwardConfig& c) { c.key.head_dim = 256; },
       [](BackwardConfig& c) { c.key.head_dim_v = 96; },
+      [](BackwardConfig& c) { c.key.head_dim_v = 64; },
       [](BackwardConfig& c) { c.stages = 1; },
       [](BackwardConfig& c) { c.dout_stages = 2; },
       [](BackwardConfig& c) { c.ds_stages = 2; },
@@ -139,18 +142,18 @@ void thirds_are_refused_where_they_cannot_run() {
   CHECK(in_thirds(config) && config_error(config) == nullptr);
   for (const Change change : changes) refuses_with("thirds", config, change);
   BackwardConfig wide = config;
-  wide.tile_n = 144;  // dK and dV of 72 registers each
-  check::context = "144 keys";
+  wide.tile_n = 160;  // dK and dV of 80 registers each
+  check::context = "160 keys";
   CHECK(config_error(wide) != nullptr);
 }
 
-// 64 columns of dK^T and dV^T; a third of dQ, or S and dP of a third of the keys in its place.
+// 64 columns of dK^T and dV^T; S and dP of half of the keys, or a third of dQ in their place.
 void thirds_count_every_fragment() {
   const BackwardKey key{Dtype::kBfloat16, 192, 192, MaskKind::kMasked};
   BackwardConfig config = make_backward_config(key);
-  CHECK(fragment_registers(config) == 48 + 48 + 32);
-  config.tile_n = 144;
-  CHECK(fragment_registers(config) == 72 + 72 + 24 + 24);
+  CHECK(fragment_registers(config) == 48 + 48 + 24 + 24);
+  config.tile_n = 32;
+  CHECK(fragment_registers(config) == 16 + 16 + 32);
 }
 
 // Each column of dK and dV is one consumer's, in thirds 64 each.
