@@ -224,7 +224,8 @@ def test_a_newer_run_replaces_an_older_one_by_shape(quantize_records):
     newer = [
         {**r, "run": "pow", "gbps": 7.0} for r in found if r.get("gbps") and r["head_dim"] == 64
     ]
-    rates = {one.shape.head_dim: one for one in fp8_table.quantizer_rates([*found, *newer])}
+    rates = {one.shape.head_dim: one for one in fp8_table.quantizer_rates([*found[::-1], *newer])}
+    assert list(rates) == [64, 128]
     assert rates[64].copy == 7.0
     assert rates[128].copy != 7.0
 

@@ -98,13 +98,13 @@ class EndToEnd:
 
 
 def quantizer_rates(records: Iterable[Record]) -> list[Rates]:
-    """The newest run's rates of each head dimension."""
+    """The newest run's rates of each head dimension, in their order."""
     found = []
     for shape, newest in _newest(records, "quantize"):
         copies = [record["gbps"] for record in newest if record["impl"] == COPY]
         rates = {r["recipe"]: r["gbps"] for r in newest if r["impl"] != COPY}
         found.append(Rates(shape, copies[0] if copies else None, rates))
-    return found
+    return sorted(found, key=lambda one: one.shape.head_dim)
 
 
 def end_to_end(records: Iterable[Record]) -> list[EndToEnd]:
