@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +28,8 @@ def load() -> Any:
     if _reason is None:
         if importlib.util.find_spec(_NAME) is None:
             _reason = (
-                "hopper_attention was installed without its compiled kernels: nvcc was not found "
-                "then. Install the CUDA toolkit (12.5 or newer, nvcc on PATH) and reinstall; "
+                f"hopper_attention was installed without its compiled kernels: {built_without()}. "
+                "Install the CUDA toolkit (12.5 or newer, nvcc on PATH) and reinstall; "
                 "`hopper-attention doctor` shows what is missing"
             )
         else:
@@ -38,6 +40,18 @@ def load() -> Any:
             else:
                 return _module
     raise RuntimeError(_reason)
+
+
+def built_without() -> str:
+    """Why the build left the kernels out, as CMake wrote it into build.json."""
+    import hopper_attention
+
+    for folder in hopper_attention.__path__:  # an editable install has two
+        path = Path(folder) / "build.json"
+        if path.is_file():
+            reason: str = json.loads(path.read_text(encoding="utf-8"))["reason"]
+            return reason or "the build has them, but they are not where the package is"
+    return "these are sources that were not built"
 
 
 def is_compiled() -> bool:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import hopper_attention
 from hopper_attention.bench import machine, session
 from hopper_attention.cli import app, probes
 
@@ -124,6 +125,19 @@ def test_no_library(world, monkeypatch, nvcc, words):
     assert "pip install" in checks["compiled library"]["do"]
     assert not uses["attention by the kernels"]["works"]
     assert uses["emulation on the CPU"]["works"]
+
+
+def test_why_there_is_no_library(world, monkeypatch):
+    world.library = None
+    monkeypatch.setattr(probes.loader, "built_without", lambda: "the CUDA compiler is 12.2")
+    checks, _ = report(expected_code=1)
+    assert checks["compiled library"]["found"] == "not installed: the CUDA compiler is 12.2"
+
+
+def test_the_version():
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"hopper-attention {hopper_attention.__version__}\n"
 
 
 def test_a_library_that_does_not_load(world):

@@ -298,9 +298,25 @@ def test_library_is_missing(monkeypatch):
     monkeypatch.setattr(_library, "_NAME", "hopper_attention._absent")
     assert not _library.is_compiled()
     assert not hopper_attention.is_available()
-    assert "nvcc was not found" in hopper_attention.unavailable_reason()
     with pytest.raises(RuntimeError, match="without its compiled kernels"):
         _library.load()
+
+
+@pytest.mark.usefixtures("unloaded")
+@pytest.mark.parametrize(
+    "build, words",
+    [
+        ('{"reason": "the CUDA compiler is 12.2, older than 12.5"}', "12.2, older than 12.5. Ins"),
+        ('{"reason": ""}', "not where the package is"),
+        (None, "sources that were not built"),
+    ],
+)
+def test_why_the_library_is_missing(monkeypatch, tmp_path, build, words):
+    monkeypatch.setattr(_library, "_NAME", "hopper_attention._absent")
+    monkeypatch.setattr(hopper_attention, "__path__", [str(tmp_path)])
+    if build is not None:
+        (tmp_path / "build.json").write_text(build)
+    assert words in hopper_attention.unavailable_reason()
 
 
 @pytest.mark.usefixtures("unloaded")

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import hopper_attention
+from hopper_attention import _library as loader
 from hopper_attention.bench import machine, session, sources
 from hopper_attention.bench.contestants import FA3_VARIABLE
 
@@ -146,12 +147,11 @@ def _library() -> Iterator[Check]:
             advice = f"install the CUDA toolkit (nvcc on PATH or CUDA_HOME), then: {_reinstall()}"
         else:
             advice = f"nvcc is here ({nvcc}): {_reinstall()}"
-        yield Check("compiled library", False, "not installed", advice)
+        words = f"not installed: {loader.built_without()}"
+        yield Check("compiled library", False, words, advice)
         return
     size = f"{library} ({library.stat().st_size / 2**20:.1f} MiB)"
     try:
-        from hopper_attention import _library as loader
-
         module = loader.load()
     except RuntimeError as error:
         yield Check("compiled library", False, f"{size}: {error}", _reinstall())
