@@ -28,9 +28,10 @@ class Explanation:
 
     Attributes:
         instance: the kernel's name, a row of hopper/forward/instances.def.
-        dtype: float16, bfloat16 or e4m3.
+        dtype: "float16", "bfloat16", "float8_e4m3fn", or "float8_e4m3fn_fast" with fast sums.
         mask: "full", or "masked" for the general kernel: where a mask, a soft cap or a scale that
-            is not positive asks for it, or where its tiles are faster; "packed" for packed batches.
+            is not positive asks for it, or where its tiles are faster; "short" for that of rows
+            that see few keys; "packed" for packed batches.
         tile_m: query rows a block works on.
         tile_n: keys a step.
         stages: buffers of K, and as many of V.

@@ -168,8 +168,10 @@ def sink(learnable_sink: torch.Tensor, heads: int, device: torch.device) -> None
 
     Raises:
         ValueError: its shape or device does not fit.
-        TypeError: its dtype does not fit.
+        TypeError: it is no tensor, or its dtype does not fit.
     """
+    if not isinstance(learnable_sink, torch.Tensor):
+        tensors(learnable_sink=learnable_sink)
     if learnable_sink.shape != (heads,):
         raise ValueError(
             f"learnable_sink must have shape (heads,), a logit a head of q: ({heads},), got "

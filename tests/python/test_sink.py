@@ -8,7 +8,7 @@ from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
 import hopper_attention
-from hopper_attention import ops, ops_backward, reference
+from hopper_attention import emulation, ops, ops_backward, reference
 
 attend = hopper_attention.flash_attn_func
 SINK = (-1.0, 0.3, 2.0, -math.inf)
@@ -108,6 +108,13 @@ def test_what_is_saved(gradient_library):
             out, lse = attend(q, k, v, learnable_sink=leaf, return_attn_probs=True)
         addresses = [x.data_ptr() for x in (q, k, v, out, lse, *kept)]
         assert [x.data_ptr() for x in saved] == addresses
+
+
+def test_the_reference_and_the_emulation_want_a_tensor():
+    q, k, v, _ = (x.detach() for x in draw())
+    for of in (reference, emulation):
+        with pytest.raises(TypeError, match=r"learnable_sink must be a torch\.Tensor, got list"):
+            of.attention(q, k, v, learnable_sink=[0.0] * 4)
 
 
 def test_the_second_derivative_is_refused(gradient_library):
