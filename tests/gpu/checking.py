@@ -28,8 +28,8 @@ ERROR_SLACK = 1e-5
 # fp32 sums of exponentials whose arguments are themselves fp32 sums
 LSE_ABSOLUTE = 1e-4
 LSE_RELATIVE = 1e-5
-# The device's approximate tanh is good to 2^-11, of scores up to the soft cap
-LSE_SOFTCAP = 2.0**-10
+# tanh is within 1e-7 and rounded, as its argument is; of scores up to the soft cap
+LSE_SOFTCAP = 2.0**-20
 
 
 @dataclass(frozen=True)
