@@ -21,8 +21,8 @@ function(hopper_attention_write path text)
 endfunction()
 
 # pass is a folder of hopper/, in lower case: forward. prefix is what instances' names have before
-# the row's. Writes the kept rows to ${kept_table}, which the dispatcher reads, and sets ${sources} to the
-# generated files, ${all_names} to the names of all rows.
+# the row's. Writes the kept rows to ${kept_table}, which the dispatcher reads, and sets ${sources}
+# to the generated files, ${all_names} to the names of all rows.
 function(hopper_attention_generate_instances pass prefix kept_table sources all_names)
   set(table "${PROJECT_SOURCE_DIR}/hopper/${pass}/instances.def")
   set(folder "${PROJECT_BINARY_DIR}/instances")

@@ -329,7 +329,7 @@ def test_command_lists_the_kernels(monkeypatch):
     [
         (["bf16"], "no kernel is named 'bf16'"),
         (["bf16_d64_full", "--mask", "causal"], "computes no causal mask"),
-        (["bf16_d64_packed"], "has the tile of bf16_d64_masked"),
+        (["bf16_d64_packed"], "bf16_d64_masked, whose tile is the same"),
         (["bf16_d64_full", "--mask", "window"], "allowed: full, causal"),
         (["bf16_d64_full", "--lengths", "1k"], "integers separated by commas"),
         (["bf16_d64_full", "--set", "keys=1"], "a field of tile_n"),

@@ -77,7 +77,7 @@ def tune(
         Path | None, typer.Option("--json", help="File to put the results into.")
     ] = None,
 ) -> None:
-    """Compiles candidate configs of a kernel and times them, for the choice in config.h.
+    """Compiles candidate configs of a forward kernel and times them, for the choice in config.h.
 
     Each candidate is a library of its own, timed in processes of its own, the candidates in turn;
     outputs are checked against float64. Needs a source checkout, nvcc and CMake. The exit code is 1
@@ -153,7 +153,7 @@ def _shapes(row: Instance, lengths: str | None, mask: str | None) -> list[Shape]
     try:
         return problems(row, numbers, mask)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--lengths, --mask") from error
+        raise typer.BadParameter(str(error), param_hint="INSTANCE, --lengths or --mask") from error
 
 
 def _candidates(rules: Rules, row: Instance, choices: Sequence[str]) -> Candidates:

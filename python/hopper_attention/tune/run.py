@@ -65,7 +65,10 @@ def problems(
     """
     if instance.mask == "packed":
         alike = instance.name.replace("packed", "masked")
-        raise ValueError(f"{instance.name} has the tile of {alike}, which can be timed")
+        raise ValueError(
+            f"{instance.name} serves packed batches, which are not timed here; {alike}, whose tile "
+            "is the same, can be"
+        )
     mask = mask or ("full" if instance.mask == "full" else "causal")
     if mask == "causal" and instance.mask == "full":
         raise ValueError(f"{instance.name} computes no causal mask: mask must be full")
