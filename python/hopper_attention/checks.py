@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 
 MAX_LENGTH = 2**30 - 1  # of a dimension: the kernels add two lengths in 32-bit integers
 MAX_HEAD_DIM = 256
@@ -220,13 +221,28 @@ def needs_grad(
     v: torch.Tensor,
     learnable_sink: torch.Tensor | None = None,
 ) -> bool:
-    """Whether autograd will ask for a gradient of one of them."""
+    """Whether autograd will ask for a gradient of one of them.
+
+    Raises:
+        NotImplementedError: one of them has a tangent, which operators would drop in silence.
+    """
+    if forward_ad._current_level >= 0:
+        _no_tangent(q, k, v, learnable_sink)
     return (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
         or (learnable_sink is not None and learnable_sink.requires_grad)
     ) and torch.is_grad_enabled()
+
+
+def _no_tangent(*arguments: torch.Tensor | None) -> None:
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in arguments):
+        raise NotImplementedError(
+            "attention has no forward-mode derivative (torch.func.jvp, dual tensors), so none of "
+            "q, k, v and learnable_sink may have a tangent; hopper_attention.reference.attention "
+            "has one"
+        )
 
 
 def no_gradient(

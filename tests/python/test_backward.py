@@ -184,6 +184,23 @@ def test_the_second_derivative_is_refused(gradient_library):
         torch.autograd.grad(first[0].sum(), inputs[0])
 
 
+def test_forward_mode_is_refused(gradient_library):
+    q, k, v = (x.detach() for x in random_qkv())
+    attend = hopper_attention.flash_attn_func
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: attend(q, x, v), (k,), (torch.ones_like(k),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q, torch.ones_like(q))
+        for function in (attend, hopper_attention.flash_attn_fp8_func):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                function(dual, k, v)
+        assert attend(q, k, v).isfinite().all()  # without a tangent
+    _, of_reference = torch.func.jvp(
+        lambda x: reference.attention(x, k, v)[0], (q,), (torch.ones_like(q),)
+    )
+    assert of_reference.any()
+
+
 def test_calls_of_one_problem_are_prepared_once(gradient_library):
     q, k, v = random_qkv()
     for _ in range(3):
