@@ -1,33 +1,22 @@
 // Launching a backward instance.
 #pragma once
 
-#include <atomic>
-
 #include "backward/kernel.cuh"
+#include "common/launch.cuh"
 
 namespace hopper_attention {
 
-// More than 48 KiB of shared memory must be asked for, once a device.
-template <class Instance>
-cudaError_t allow_backward_memory(int device) {
-  static std::atomic<unsigned long long> done{0};  // a bit a device
-  const unsigned long long bit = 1ull << (device & 63);
-  if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(backward_kernel<Instance>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           shared_bytes(Instance::kConfig));
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
-  return error;
-}
-
 template <class Instance>
 cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchSpec& spec) {
-  const cudaError_t error = allow_backward_memory<Instance>(spec.device);
+  static std::atomic<unsigned long long> asked{0};
+  constexpr int kBytes = shared_bytes(Instance::kConfig);
+  const auto kernel = backward_kernel<Instance>;
+  const cudaError_t error = allow_shared_memory(kernel, kBytes, spec.device, asked);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(spec.grid);
   launch.blockDim = dim3(num_threads(Instance::kConfig));
-  launch.dynamicSmemBytes = shared_bytes(Instance::kConfig);
+  launch.dynamicSmemBytes = kBytes;
   launch.stream = spec.stream;
   cudaLaunchAttribute attributes[2]{};
   attributes[launch.numAttrs++] = early_start();
@@ -38,7 +27,7 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchSp
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
   launch.attrs = attributes;
-  return cudaLaunchKernelEx(&launch, backward_kernel<Instance>, params);
+  return cudaLaunchKernelEx(&launch, kernel, params);
 }
 
 }  // namespace hopper_attention

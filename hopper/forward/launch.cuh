@@ -1,33 +1,22 @@
 // Launching a forward instance.
 #pragma once
 
-#include <atomic>
-
+#include "common/launch.cuh"
 #include "forward/kernel.cuh"
 
 namespace hopper_attention {
 
-// More than 48 KiB of shared memory must be asked for, once a device.
-template <class Instance>
-cudaError_t allow_shared_memory(int device) {
-  static std::atomic<unsigned long long> done{0};  // a bit a device
-  const unsigned long long bit = 1ull << (device & 63);
-  if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(forward_kernel<Instance>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           shared_bytes(Instance::kConfig));
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
-  return error;
-}
-
 template <class Instance>
 cudaError_t launch_forward(const ForwardParams& params, const LaunchSpec& spec) {
-  const cudaError_t error = allow_shared_memory<Instance>(spec.device);
+  static std::atomic<unsigned long long> asked{0};
+  constexpr int kBytes = shared_bytes(Instance::kConfig);
+  const auto kernel = forward_kernel<Instance>;
+  const cudaError_t error = allow_shared_memory(kernel, kBytes, spec.device, asked);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t launch{};
   launch.gridDim = dim3(spec.grid);
   launch.blockDim = dim3(num_threads(Instance::kConfig));
-  launch.dynamicSmemBytes = shared_bytes(Instance::kConfig);
+  launch.dynamicSmemBytes = kBytes;
   launch.stream = spec.stream;
   cudaLaunchAttribute attribute{};
   if constexpr (is_packed(Instance::kConfig)) {  // overlaps the kernel that lists the batch's tiles
@@ -40,7 +29,7 @@ cudaError_t launch_forward(const ForwardParams& params, const LaunchSpec& spec) 
   }
   launch.attrs = &attribute;
   launch.numAttrs = is_packed(Instance::kConfig) || is_clustered(Instance::kConfig) ? 1 : 0;
-  return cudaLaunchKernelEx(&launch, forward_kernel<Instance>, params);
+  return cudaLaunchKernelEx(&launch, kernel, params);
 }
 
 }  // namespace hopper_attention

@@ -2,33 +2,21 @@
 #include "quantize/launch.h"
 
 #include <algorithm>
-#include <atomic>
 
+#include "common/launch.cuh"
 #include "quantize/kernel.cuh"
 
 namespace hopper_attention {
 namespace {
 
-// More than 48 KiB of shared memory must be asked for, once a device.
-template <class Kernel>
-cudaError_t allow_shared_memory(Kernel kernel, int bytes, int device,
-                                std::atomic<unsigned long long>& done) {
-  const unsigned long long bit = 1ull << (device & 63);
-  if (done.load(std::memory_order_acquire) & bit) return cudaSuccess;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) done.fetch_or(bit, std::memory_order_release);
-  return error;
-}
-
 template <class Shape>
 cudaError_t launch_shape(const QuantizeParams& params, const QuantizeMaps& maps,
                          const QuantizeLaunch& launch) {
-  static std::atomic<unsigned long long> done{0};  // a bit a device
+  static std::atomic<unsigned long long> asked{0};
   constexpr int kBytes = sizeof(typename Shape::Shared);
   static_assert((kBytes + 1024) * Shape::kBlocksPerSm <= 228 * 1024);
   const auto kernel = quantize_kernel<Shape>;
-  const cudaError_t error = allow_shared_memory(kernel, kBytes, launch.device, done);
+  const cudaError_t error = allow_shared_memory(kernel, kBytes, launch.device, asked);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(std::min(
