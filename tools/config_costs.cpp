@@ -30,9 +30,8 @@ constexpr Instance kInstances[] = {
 };
 
 // In the enumeration's order.
-constexpr const char* kSchedules[] = {"kAfterMaxima", "kAfterHalfRow", "kAfterRow", "kBetweenRows",
-                                      "kRowByRow"};
-static_assert(static_cast<int>(Schedule::kRowByRow) == 4, "kSchedules names every schedule");
+constexpr const char* kSchedules[] = {"kAfterMaxima", "kAfterHalfRow", "kAfterRow", "kRowByRow"};
+static_assert(static_cast<int>(Schedule::kRowByRow) == 3, "kSchedules names every schedule");
 
 std::string show(int value) { return std::to_string(value); }
 std::string show(bool value) { return value ? "true" : "false"; }

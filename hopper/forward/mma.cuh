@@ -140,16 +140,14 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   };
   constexpr Schedule kSchedule = Traits::kConfig.schedule;
   constexpr bool kAlphaFirst = Traits::kConfig.alpha_first;
-  constexpr bool kHoldsByRelease = kSchedule == Schedule::kAfterHalfRow ||
-                                   kSchedule == Schedule::kAfterRow ||
-                                   kSchedule == Schedule::kRowByRow;
+  constexpr bool kHoldsByRelease = kSchedule != Schedule::kAfterMaxima;
   auto rescale = [&] {
     if (!Traits::kConfig.skip_rescale || softmax.owes_rescale()) softmax.rescale(rO);
   };
   // One block: its scores, while the products of the block to its right run. kPlain: no score of it
   // is masked or transformed, as holds for all but a few; a body of its own spares it the branches.
   auto step = [&](int n_block, auto kPlain) {
-    if constexpr (kSchedule != Schedule::kBetweenRows) wait_k();
+    wait_k();
     score();
     if constexpr (Traits::kConfig.late_rescale) rescale();
     add_values();
@@ -166,7 +164,6 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     constexpr bool kMayBeEmpty = Traits::kMasked && !kPlain;
     softmax.template take_maximum<kMayBeEmpty>(
         softmax.template thread_max<kAlphaFirst ? 2 : 1>(rS, 0), 0);
-    [[maybe_unused]] float part;  // of the second row's maximum
     if constexpr (kHoldsByRelease) {
       constexpr int kColumns = Traits::kTileN / 4;  // a thread's of a row
       constexpr int kLast = kSchedule == Schedule::kAfterRow ? kColumns - 1 : kColumns / 2;
@@ -181,10 +178,6 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
         softmax.template exponentiate<kAlphaFirst>(rS, 0);
       }
       release_k(!(sum_before + rS(fragment_index(0, kLast)) < 0.0f));
-    } else if constexpr (kSchedule == Schedule::kBetweenRows) {
-      softmax.template exponentiate<kAlphaFirst>(rS, 0);
-      part = softmax.thread_max(rS, 1);
-      if (n_block > own.begin && !(softmax.sum[0] < 0.0f)) wait_k();
     } else {
       softmax.template exponentiate<kAlphaFirst>(rS, 0);
       softmax.template take_maximum<kMayBeEmpty>(softmax.thread_max(rS, 1), 1);
@@ -192,9 +185,6 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     warpgroup_wait<0>();
     warpgroup_fence_operand(rO);
     release_v();
-    if constexpr (kSchedule == Schedule::kBetweenRows) {
-      softmax.template take_maximum<kMayBeEmpty>(part, 1);
-    }
     softmax.template exponentiate<kAlphaFirst>(rS, 1);
     if constexpr (!Traits::kConfig.late_rescale) rescale();
     convert_probabilities<Element>(rS, rP);
@@ -241,8 +231,6 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   } else {
     begin(mma_qk, tSrK, rS);
   }
-
-  if (kSchedule == Schedule::kBetweenRows && own.end - 1 > own.begin) wait_k();
 
   int n_block = own.end - 2;
   if constexpr (Traits::kMasked) {

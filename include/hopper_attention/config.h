@@ -15,8 +15,7 @@ enum class Schedule : int {
   kAfterMaxima = 0,   // before the exponentials
   kAfterHalfRow = 1,  // after half of the first row's
   kAfterRow = 2,      // after all of the first row's
-  kBetweenRows = 3,   // likewise, and the second row's maximum is shared after the wait
-  kRowByRow = 4,      // as 1, and the second row's maximum is taken under the first's exponentials
+  kRowByRow = 3,      // as 1, and the second row's maximum is taken under the first's exponentials
 };
 
 struct ForwardConfig {
@@ -136,8 +135,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
-  //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits, alpha first,
-  //  first block without a turn, narrow first block}
+  //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits,
+  //  alpha first, first block without a turn, narrow first block}
   switch (key.head_dim) {
     case 64:
       if (key.mask == MaskKind::kShort) {
@@ -164,8 +163,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
     case 128:
       return full
         ? in_clusters({key, 176, 2, 2, true, kRowByRow, true,
-                       "widest that fits: S 88, P 44, O 64 registers and 208 KiB; in clusters 4% at "
-                       "the power limit", true, 1, false, 0, true})
+                       "widest that fits: S 88, P 44, O 64 registers and 208 KiB; in clusters 4% "
+                       "at the power limit", true, 1, false, 0, true})
         : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
                         "square tiles waste least on the diagonal; a turn at a tile's first block "
                         "costs 1 to 3%", true, 1, false, 0, false, true, false, !packed};
