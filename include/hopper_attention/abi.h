@@ -2,7 +2,7 @@
 //
 // Rules that hold for every entry point:
 // - The caller allocates everything; the library never allocates device memory and never
-// synchronises.
+//   synchronises.
 // - Strides are in elements, 64 bits wide; the innermost (head dimension) stride is always 1.
 // - A null pointer means "absent" where a field says it may be null, and is an error elsewhere.
 // - struct_size is the caller's sizeof(struct): an older caller keeps working with a newer library.

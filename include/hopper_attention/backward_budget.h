@@ -198,9 +198,9 @@ constexpr const char* config_error(const BackwardConfig& config) {
   const DqSplit dq_split = config.dq_split;
   const int all_rows = config.num_consumers * kConsumerRows;
   if (config.num_consumers < 2 || config.num_consumers > 3) return "2 or 3 consumers";
-  if (config.stages < 1 || config.ds_stages < 1) return "stages";
+  if (config.stages < 1 || config.dout_stages < 1 || config.ds_stages < 1) return "stages";
   if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
-  if (config.roles == Roles::kAlike && config.tile_n != all_rows) return "tile_n: 64 a consumer";
+  if (are_alike(config) && config.tile_n != all_rows) return "tile_n: 64 a consumer";
   if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
     return "a pair: 2 consumers, tile_n 64";
   if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
@@ -213,9 +213,8 @@ constexpr const char* config_error(const BackwardConfig& config) {
     return "dQ by rows: tile_m 64 a consumer";
   if (dq_split == DqSplit::kColumns && config.tile_m != kConsumerRows)
     return "dQ by columns: tile_m 64";
-  if (config.stages < 1 || config.dout_stages < 1 || config.ds_stages < 1) return "stages";
   if (config.k_in_registers && !config.late_dq) return "K in registers: dQ late";
-  if (config.late_dq && (config.roles != Roles::kAlike || !config.ahead_scores))
+  if (config.late_dq && (!are_alike(config) || !config.ahead_scores))
     return "dQ late: consumers alike, S ahead";
   if (config.late_dq && (config.stages < 2 || config.ds_stages != config.stages))
     return "dQ late: 2 stages or more, as many of dS";

@@ -168,8 +168,7 @@ constexpr const char* config_error(const ForwardConfig& config) {
   if (config.key.head_dim_v > config.key.head_dim) return "head_dim_v above head_dim";
   if (config.stages < 2) return "at least two stages";
   if (config.cluster < 1 || config.cluster > 2) return "cluster: 1 or 2 blocks";
-  if (is_clustered(config) && (fp8 || config.key.mask != MaskKind::kFull))
-    return "a cluster: 16 bits without a mask";
+  if (is_clustered(config) && (fp8 || !full)) return "a cluster: 16 bits without a mask";
   if (shared_bytes(config) > kMaxSharedBytes) return "shared memory above 227 KiB";
   if (fragment_registers(config) + 16 > split.consumer) return "registers";
   return nullptr;
