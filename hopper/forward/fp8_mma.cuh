@@ -148,15 +148,23 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
   Tensor tOrV = mma_part.get_thread_slice(0).partition_fragment_B(sVt);  // (.., parts, .., stages)
   Tensor tOrLastV = mma_last.get_thread_slice(0).partition_fragment_B(sLastVt);  // (.., 1, .., ..)
   using M = typename Traits::M;
-  Tensor rS = partition_fragment_C(mma_qk, Shape<M, typename Traits::N>{});
-  Tensor rT = partition_fragment_C(mma_part, Shape<M, Int<Traits::kPartColumns>>{});
-  Tensor rLastT = partition_fragment_C(mma_last, Shape<M, Int<Traits::kLastColumns>>{});
   auto rP = make_p_fragment<Traits>();
   Fp8Softmax<Traits>& softmax = self.softmax;
 
-  // P V part by part. One T, not two in turn: eight parts in two are as fast and spill. The other
-  // consumer's products fill the gaps.
-  auto multiply_values = [&] {
+  // S and, when that is P, two parts of P V in turn have the same registers, anew in each block:
+  // what lived on would hold them.
+  constexpr int kOfLast = Traits::kLastColumns / 2, kOfPart = Traits::kPartColumns / 2;
+  constexpr int kAccumulators = cute::max(kOfLast + kOfPart, Traits::kTileN / 2);
+  auto accumulator_of = [](auto& accumulators, auto part) {
+    constexpr int kBehind = kLast - part;
+    using Columns = Int<kBehind == 0 ? Traits::kLastColumns : Traits::kPartColumns>;
+    using Mma = typename Traits::template MmaPVOf<Columns::value>;
+    return make_tensor(accumulators.data() + (kBehind % 2 == 0 ? 0 : kOfLast),
+                       partition_fragment_C(Mma{}, Shape<M, Columns>{}).layout());
+  };
+
+  // P V part by part: one is folded in under the next one's product.
+  auto multiply_values = [&](auto& accumulators) {
     self.wait_v();
     Tensor last = tOrLastV(_, _, _, self.v_ring.stage);
     if constexpr (Traits::kFast) {  // O is its own accumulator
@@ -168,16 +176,25 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
       self.release_v();
       return;
     }
-    for_each(make_int_sequence<kLast>{}, [&](auto part) {
-      Tensor b = tOrV(_, Int<decltype(part)::value>{}, _, self.v_ring.stage);  // (MMA, tile_n/32)
-      auto layout = make_layout(get<0>(b.layout()), Layout<_1>{}, get<1>(b.layout()));
-      issue_product<true>(mma_part, rP, make_tensor(b.data(), layout), rT);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rT);
-      self.fold(rO(_, _, Int<decltype(part)::value>{}), rT, softmax.alpha);
+    for_each(make_int_sequence<kLast + 1>{}, [&](auto part) {
+      Tensor rT = accumulator_of(accumulators, part);
+      if constexpr (part == kLast) {
+        issue_product<true>(mma_last, rP, last, rT);
+      } else {
+        Tensor b = tOrV(_, Int<part>{}, _, self.v_ring.stage);  // (MMA, tile_n/32)
+        auto layout = make_layout(get<0>(b.layout()), Layout<_1>{}, get<1>(b.layout()));
+        issue_product<true>(mma_part, rP, make_tensor(b.data(), layout), rT);
+      }
+      if constexpr (part > 0) {
+        warpgroup_wait<1>();
+        Tensor rBefore = accumulator_of(accumulators, Int<part - 1>{});
+        warpgroup_fence_operand(rBefore);
+        self.fold(rO(_, _, Int<part - 1>{}), rBefore, softmax.alpha);
+        warpgroup_fence_operand(rBefore);
+      }
     });
-    issue_product<true>(mma_last, rP, last, rLastT);
     warpgroup_wait<0>();
+    Tensor rLastT = accumulator_of(accumulators, Int<kLast>{});
     warpgroup_fence_operand(rLastT);
     self.release_v();
     self.fold(rO(_, _, Int<kLast>{}), rLastT, softmax.alpha);
@@ -190,6 +207,9 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     }
   };
   auto step = [&](int n_block, auto kPlain) {
+    Tensor accumulators = make_tensor<float>(Int<kAccumulators>{});
+    Tensor rS = make_tensor(accumulators.data(),
+                            partition_fragment_C(mma_qk, Shape<M, typename Traits::N>{}).layout());
     self.wait_k();
     self.turns.wait();
     issue_product<true>(mma_qk, tSrQ, tSrK(_, _, _, self.k_ring.stage), rS);
@@ -207,7 +227,7 @@ CUTE_DEVICE void attend_in_parts(Fp8Consumer<Traits>& self, int consumer, BlockR
     self.exp_turns.pass();
     if constexpr (!kPlain) self.fold_token_factors(rS, n_block);
     convert_to_e4m3(rS, rP);
-    multiply_values();
+    multiply_values(accumulators);
   };
   for_blocks<Traits>(own, plain, own.end - 1, step);
 }

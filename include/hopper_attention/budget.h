@@ -136,7 +136,8 @@ constexpr int fragment_registers(const ForwardConfig& config) {
   const int ones = sums_by_ones(config) ? accumulator_registers(kOnesRows) : 0;
   const int channels = accumulator_registers(config.key.head_dim_v);
   if (config.key.dtype != Dtype::kE4M3) return s + p + channels;
-  const int part = channels / config.v_parts + ones;          // of one block's P V
+  // Of one block's P V: all, or two of its parts.
+  const int part = (config.v_parts == 1 ? channels : 2 * (channels / config.v_parts)) + ones;
   const int o = channels + (config.v_parts == 1 ? ones : 2);  // or the sums of a thread's two rows
   if (config.overlap_products) return s + p + o + part;
   return o + (s > p + part ? s : p + part);
