@@ -21,6 +21,8 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(
     torch._C.DispatchKey.ADInplaceOrView
 )
+# Where it is one of these: not the second in inference mode.
+PLAIN_KEYS = (_PLAIN_KEYS, torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect))
 _included_keys = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded where autograd is

@@ -8,6 +8,7 @@ PyTorch's machinery is the real one.
 
 import warnings
 
+import call_tables
 import pytest
 import torch
 from gradient_formulas import at, formulas
@@ -88,6 +89,12 @@ class FakeLibrary:
             at(p["dsink"], (heads,), (1,), torch.float32).copy_(-(share * delta).sum((0, 2)))
         for to, gradient in zip(tensors[5:], formulas(*tensors[:5], lse, dlse, call), strict=True):
             to.copy_(gradient)
+
+
+@pytest.fixture(autouse=True)
+def no_calls_from_before(monkeypatch):
+    """Tables of calls without any: what they keep of a test is of libraries that stand in."""
+    call_tables.empty(monkeypatch)
 
 
 @pytest.fixture
