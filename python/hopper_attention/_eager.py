@@ -89,8 +89,8 @@ class Formula:
                 return differentiate(ctx, None, *gradients)
 
         name, backward_name = self._names
+        _autograd._name_node(Function, name)
         of_ctx: Any = Function._backward_cls
-        of_ctx.__name__ = f"{name}_formulaBackward"
         of_ctx.apply = library.eager_backward(
             calls.call,
             _conditions(backward_name),

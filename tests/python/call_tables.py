@@ -1,5 +1,6 @@
 """The tables of calls that the package keeps, for tests that must begin without any."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from hopper_attention import (
 ROOT = Path(__file__).parents[2]
 HEADER = Path(sysconfig.get_path("include"), "Python.h")
 EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+STREAM = 4711  # that of the libraries that stand in
+FUNCTIONS = ("call_table", "eager_calls", "eager_backward", "eager_forward")
 SOURCES = ("calls", "request", "eager")
 # Why tables cannot be tested here, or None.
 UNAVAILABLE = (
@@ -72,11 +75,46 @@ def serve_the_cpu(monkeypatch):
 
 
 def compile_module(folder):
-    """The module of calls_module.cpp."""
+    """Compiles and loads calls_module.cpp."""
     path = folder / f"calls_module{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [ROOT / f"python/bindings_{name}.cpp" for name in SOURCES]
     sources.append(ROOT / "tests/python/calls_module.cpp")
     include = f"-I{ROOT / 'python'}", f"-I{HEADER.parent}"
     flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run(["g++", *flags, *include, *sources, "-o", path], check=True)
-    return path
+    spec = importlib.util.spec_from_file_location("calls_module", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def prepare_compiled(monkeypatch, module, fake, name):
+    """Has a library that stands in prepare calls as the compiled one does."""
+    prepare = getattr(fake, name)
+
+    def prepared(*arguments):
+        run = prepare(*arguments)
+        run, *rest = run if isinstance(run, tuple) else (run,)
+        made = module.prepared(lambda *addresses: run(*at_stream(addresses)), len(order(name)))
+        return (made, *rest) if rest else made
+
+    def at_stream(addresses):
+        stream = order(name).index("stream")
+        return (*addresses[:stream], STREAM, *addresses[stream + 1 :])
+
+    monkeypatch.setattr(fake, name, prepared)
+    for function in FUNCTIONS:
+        monkeypatch.setattr(fake, function, getattr(module, function), raising=False)
+
+
+def order(name):
+    statistics = ("dlse", "dq", "dk", "dv", "workspace", "stream")
+    backward = ("q", "k", "v", "out", "dout", "lse", *statistics)
+    return {
+        "prepare": (*"qkv", "out", "lse", "workspace", "stream", "sink"),
+        "prepare_backward": (*backward, "sink", "dsink"),
+        "prepare_varlen": (*"qkv", *[""] * 4, "out", "lse", "workspace", "stream"),
+        "prepare_varlen_backward": (*backward, *[""] * 4),
+        "prepare_fp8": (*"qkv", *[""] * 4, "out", "lse", "workspace", "stream", "sink"),
+        "prepare_quantize": (*"qkv", *[""] * 12, "workspace", "stream"),
+    }[name]

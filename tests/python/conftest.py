@@ -91,6 +91,14 @@ class FakeLibrary:
             to.copy_(gradient)
 
 
+@pytest.fixture(scope="session")
+def calls_module(tmp_path_factory):
+    """What finds calls again, compiled by itself."""
+    if call_tables.UNAVAILABLE is not None:
+        pytest.skip(call_tables.UNAVAILABLE)
+    return call_tables.compile_module(tmp_path_factory.mktemp("calls"))
+
+
 @pytest.fixture(autouse=True)
 def no_calls_from_before(monkeypatch):
     """Tables of calls without any: what they keep of a test is of libraries that stand in."""
@@ -125,3 +133,12 @@ def gradient_library(monkeypatch):
             implementations.impl(name, function, "CPU", allow_override=True)
         yield fake
         implementations._destroy()
+
+
+@pytest.fixture
+def compiled_library(monkeypatch, calls_module, gradient_library):
+    """The stand-in library, whose calls are found again as the compiled one's."""
+    call_tables.serve_the_cpu(monkeypatch)
+    for name in ("prepare", "prepare_backward"):
+        call_tables.prepare_compiled(monkeypatch, calls_module, gradient_library, name)
+    return gradient_library

@@ -1,16 +1,15 @@
-"""Calls made again by the compiled module (bindings_calls.cpp), which is compiled here by itself.
+"""Calls made again by the compiled module (bindings_calls.cpp), which is compiled by itself.
 
 Its tables read the CPU's tensors through PyTorch's exchange interface as they read a GPU's.
 """
 
 import ctypes
 import gc
-import importlib.util
 import weakref
 
 import pytest
 import torch
-from call_tables import EXCHANGE, UNAVAILABLE, compile_module, eager_calls, serve_the_cpu
+from call_tables import EXCHANGE, eager_calls, prepare_compiled, serve_the_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backward import assert_differentiates
@@ -32,18 +31,11 @@ from hopper_attention import (
 )
 
 LAYOUT = ((2, 3), (3, 1), torch.float32)
-STREAM = 4711  # that of the libraries that stand in
-
-pytestmark = pytest.mark.skipif(bool(UNAVAILABLE), reason=str(UNAVAILABLE))
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    path = compile_module(tmp_path_factory.mktemp("calls"))
-    spec = importlib.util.spec_from_file_location("calls_module", path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def module(calls_module):
+    return calls_module
 
 
 class Memory:
@@ -232,36 +224,6 @@ def test_an_exchange_interface_of_another_version(module):
         module.call_table(EXCHANGE)
 
 
-def prepare_compiled(monkeypatch, module, fake, name):
-    """Has a library that stands in prepare calls as the compiled one does."""
-    prepare = getattr(fake, name)
-
-    def prepared(*arguments):
-        run = prepare(*arguments)
-        run, *rest = run if isinstance(run, tuple) else (run,)
-        made = module.prepared(lambda *addresses: run(*at_stream(addresses)), len(order(name)))
-        return (made, *rest) if rest else made
-
-    def at_stream(addresses):
-        stream = order(name).index("stream")
-        return (*addresses[:stream], STREAM, *addresses[stream + 1 :])
-
-    monkeypatch.setattr(fake, name, prepared)
-    for function in ("call_table", "eager_calls", "eager_backward", "eager_forward"):
-        monkeypatch.setattr(fake, function, getattr(module, function), raising=False)
-
-
-def order(name):
-    statistics = ("dlse", "dq", "dk", "dv", "workspace", "stream")
-    backward = ("q", "k", "v", "out", "dout", "lse", *statistics)
-    return {
-        "prepare": (*"qkv", "out", "lse", "workspace", "stream", "sink"),
-        "prepare_backward": (*backward, "sink", "dsink"),
-        "prepare_varlen": (*"qkv", *[""] * 4, "out", "lse", "workspace", "stream"),
-        "prepare_varlen_backward": (*backward, *[""] * 4),
-    }[name]
-
-
 @pytest.fixture(params=["the operators' calls", "eager calls"])
 def by(request, monkeypatch):
     """Which tables find calls again."""
@@ -272,13 +234,8 @@ def by(request, monkeypatch):
 
 
 @pytest.fixture
-def dense(monkeypatch, module, gradient_library, by):
-    serve_the_cpu(monkeypatch)
-    for name in ("prepare", "prepare_backward"):
-        prepare_compiled(monkeypatch, module, gradient_library, name)
-    # In Python the stream is this one.
-    monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
-    return gradient_library
+def dense(compiled_library, by):
+    return compiled_library
 
 
 @pytest.mark.parametrize(
