@@ -24,11 +24,18 @@ Answer none_of(PyObject* functions) {
   return Answer::kYes;
 }
 
-PyObject* names[5];  // interned
-enum Name { kRequiresGrad, kIsNeg, kSaveForBackward, kSetMaterializeGrads, kScalars };
+PyObject* names[6];  // interned
+enum Name {
+  kRequiresGrad,
+  kIsNeg,
+  kSaveForBackward,
+  kSetMaterializeGrads,
+  kScalars,
+  kSavedTensors,
+};
 PyObject* name_of(Name name) {
-  static const char* const texts[] = {"requires_grad", "is_neg", "save_for_backward",
-                                      "set_materialize_grads", "scalars"};
+  static const char* const texts[] = {"requires_grad",         "is_neg",  "save_for_backward",
+                                      "set_materialize_grads", "scalars", "saved_tensors"};
   if (names[name] == nullptr) names[name] = PyUnicode_InternFromString(texts[name]);
   return names[name];
 }
@@ -243,7 +250,7 @@ PyObject* differentiate(PyObject* self, PyObject* const* arguments, Py_ssize_t c
     return call_fallback(*backward, ctx, Py_None, arguments + 1);
   }
   // Once: activation checkpointing hands them out no second time.
-  const Ref saved(PyObject_GetAttrString(ctx, "saved_tensors"));
+  const Ref saved(PyObject_GetAttr(ctx, name_of(kSavedTensors)));
   const Ref scalars(saved ? PyObject_GetAttr(ctx, name_of(kScalars)) : nullptr);
   if (!scalars) return nullptr;
   if (!PyTuple_Check(saved.get()) || !PyTuple_Check(scalars.get())) {
