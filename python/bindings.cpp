@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "bindings.h"
+#include "eager_calls.h"
 #include "hopper_attention/abi.h"
 #include "prepared.h"
 
@@ -81,13 +82,12 @@ void bind(py::module_& module, hopper_attention_forward_args (*)(Shape...)) {
   module.def("explain_forward", &explain_forward<Shape...>, "JSON: how a call would run.");
 }
 
-void bind_call_table(py::module_& module) {
-  static PyMethodDef definition = {
-      "call_table", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_call_table)),
-      METH_FASTCALL, kCallTableDoc};
-  PyObject* const function = PyCFunction_New(&definition, nullptr);
-  if (function == nullptr) throw py::error_already_set();
-  module.attr("call_table") = py::reinterpret_steal<py::object>(function);
+void bind_call_tables(py::module_& module) {
+  for (PyMethodDef& definition : kCallTableFunctions) {
+    PyObject* const function = PyCFunction_New(&definition, nullptr);
+    if (function == nullptr) throw py::error_already_set();
+    module.attr(definition.ml_name) = py::reinterpret_steal<py::object>(function);
+  }
 }
 
 std::vector<std::string> instances() {
@@ -109,7 +109,7 @@ PYBIND11_MODULE(_C, module) {
   bind_quantize(module);
   bind_forward_fp8(module);
   bind_varlen(module);
-  bind_call_table(module);
+  bind_call_tables(module);
   module.def("version", &hopper_attention_version);
   module.def("instances", &instances);
 }

@@ -21,6 +21,8 @@ _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(
     torch._C.DispatchKey.ADInplaceOrView
 )
+# Where it is one of these: not the second in inference mode.
+PLAIN_KEYS = (_PLAIN_KEYS, torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect))
 _included_keys = torch._C._dispatch_tls_local_include_set
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _AUTOGRAD = torch._C.DispatchKey.AutogradOther  # excluded where autograd is
@@ -111,9 +113,14 @@ def register(
             return Formula.apply(*arguments, keyset)
         return below(keyset, arguments)
 
-    Formula.__name__ = f"{name}_formula"
+    _name_node(Formula, name)
     library.impl(name, autograd, "Autograd", with_keyset=True)
     return _plain_formula(name, differentiate, save, forward or operator)
+
+
+def _name_node(formula: Any, name: str) -> None:
+    """What grad_fn and profilers call a function's backward pass."""
+    formula._backward_cls.__name__ = f"{name}_formulaBackward"
 
 
 def _plain_formula(
@@ -130,7 +137,7 @@ def _plain_formula(
         def backward(ctx: Any, *gradients: Any) -> Any:
             return differentiate(ctx, *gradients)
 
-    Formula.__name__ = f"{name}_formula"
+    _name_node(Formula, name)
     # Function.apply is this, behind what functorch and wrappers that outlived it need.
     apply = super(torch.autograd.Function, Formula).apply
 

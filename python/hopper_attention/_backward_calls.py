@@ -68,7 +68,7 @@ def make_calls(inputs: tuple[str, ...], more: tuple[str, ...], sink: bool = Fals
             *("q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "workspace"),
             *("stream", *more),
         ),
-        lambda: (ops._empty, ops._current_device, ops._workspace),
+        ops.memory,
     )
 
 

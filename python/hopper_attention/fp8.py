@@ -6,12 +6,25 @@ from typing import Any
 
 import torch
 
-from . import attention_fp8, checks, ops_fp8
-from .quantize import DEFAULT_RECIPE, quantize
+from . import attention_fp8, checks, ops, ops_fp8
+from ._eager import EagerCalls
+from .quantize import DEFAULT_RECIPE
 from .quantized import Quantized
 from .recipe import Fp8Recipe
+from .recipe import arguments as of_quantizer
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+_is_compiling = torch.compiler.is_compiling
+_eager = EagerCalls(
+    "attention_fp8",
+    (
+        *("q", "k", "v", "recipe", "accumulation", "softmax_scale", "causal", "window_size"),
+        *("softcap", "sm_margin", "out_dtype", "deterministic"),
+    ),
+    ops.memory,
+    attention_fp8.formula,
+)
 
 
 def flash_attn_fp8_func(
@@ -79,18 +92,28 @@ def flash_attn_fp8_func(
         return _result(
             attention_fp8.attend(q, scalars, out_dtype, return_attn_probs), return_attn_probs
         )
-    if k is None or v is None:
-        raise TypeError("k and v must be torch.Tensor where q is one, got None")
-    checks.tensors(q=q, k=k, v=v)
     recipe = DEFAULT_RECIPE if recipe is None else recipe
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"recipe must be an Fp8Recipe or None, got {type(recipe).__name__}")
+    again = None
+    if not _is_compiling() and not attention_fp8.needs_mean(recipe, bool(return_attn_probs)):
+        given = (
+            *(q, k, v, of_quantizer(recipe), recipe.accumulation, softmax_scale, causal),
+            *(window_size, softcap, sm_margin, _code(out_dtype), deterministic),
+        )
+        again = _eager.call(*given)
+        if again:
+            return _result(again, return_attn_probs)
+    if k is None or v is None:
+        raise TypeError("k and v must be torch.Tensor where q is one, got None")
+    checks.tensors(q=q, k=k, v=v)
     scalars = _scalars(q, softmax_scale, causal, window_size, softcap, sm_margin)
     _check_combination(recipe, scalars[4])
     out_dtype = q.dtype if out_dtype is None else out_dtype
     if not checks.needs_grad(q, k, v):
-        quantized = quantize(q, k, v, recipe)
-        outputs = attention_fp8.attend(quantized, scalars, out_dtype, return_attn_probs)
+        outputs = attention_fp8.quantize_and_attend(
+            q, k, v, recipe, scalars, out_dtype, return_attn_probs
+        )
     elif out_dtype is not q.dtype:
         raise ValueError(
             f"out_dtype must be None or q's dtype, {q.dtype}, where a tensor requires grad, got "
@@ -98,7 +121,22 @@ def flash_attn_fp8_func(
         )
     else:
         outputs = attention_fp8.differentiable(q, k, v, recipe, scalars, deterministic)
+    if again is False:
+        differentiable = out_dtype is q.dtype and not recipe.smooth_k
+        _eager.adopt(
+            given,
+            attention_fp8._calls,
+            attention_fp8.seen_by_table(q, k, v, recipe, scalars, out_dtype),
+            (*scalars[:-1], deterministic) if differentiable else None,
+        )
     return _result(outputs, return_attn_probs)
+
+
+def _code(out_dtype: Any) -> int | None:
+    """What stands for it in a table of calls; -1 is none that there is."""
+    if out_dtype is None:
+        return None
+    return checks.DTYPE_CODES.get(out_dtype, -1) if type(out_dtype) is torch.dtype else -1
 
 
 def attention_of_e4m3(
@@ -108,8 +146,7 @@ def attention_of_e4m3(
     descales: tuple[Any, Any, Any],
     learnable_sink: torch.Tensor | None,
     scalars: ops_fp8.Scalars,
-    return_attn_probs: bool,
-) -> Result:
+) -> ops.Outputs:
     """What `flash_attn_func` does with e4m3 tensors: FlashAttention-3's interface.
 
     Args:
@@ -120,19 +157,18 @@ def attention_of_e4m3(
             None for 1.
         learnable_sink: (heads,) float32, or None.
         scalars: the operator's.
-        return_attn_probs: also return the log-sum-exp.
 
     Returns:
-        As `flash_attn_func`, in bfloat16.
+        The output, in bfloat16, and the log-sum-exp.
     """
     checks.no_gradient(q, k, v, learnable_sink)
     q_descale, k_descale, v_descale = descales
     if q_descale is not None or k_descale is not None or v_descale is not None:
         checks.optional_tensors(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    outputs = ops_fp8.forward_fp8(
-        *(q, k, v, *descales, None, learnable_sink), torch.bfloat16, False, False, *scalars
+    outputs: ops.Outputs = ops_fp8.forward_fp8(
+        *ops_fp8.arguments_of_e4m3(q, k, v, descales, learnable_sink, scalars)
     )
-    return _result(outputs, return_attn_probs)
+    return outputs
 
 
 def _result(outputs: tuple[torch.Tensor, torch.Tensor], return_attn_probs: bool) -> Result:

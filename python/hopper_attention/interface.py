@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 
-from . import _autograd, checks, fp8, ops, ops_backward
+from . import _autograd, checks, fp8, ops, ops_backward, ops_fp8
+from ._eager import EagerCalls
 from .ops import Scalars
+
+_is_compiling = torch.compiler.is_compiling
+_eager = EagerCalls(
+    "forward",
+    (
+        *("q", "k", "v", "softmax_scale", "causal", "qv", *ops.DESCALES, "window_size"),
+        *("attention_chunk", "softcap", "num_splits", "pack_gqa", "deterministic", "sm_margin"),
+        "learnable_sink",
+    ),
+    ops.memory,
+    ops_backward.formula,
+)
 
 
 def flash_attn_func(
@@ -84,11 +98,7 @@ def flash_attn_func(
             grad.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
-    descales = (q_descale, k_descale, v_descale)
-    in_fp8 = isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn
-    if in_fp8:
-        q_descale = k_descale = v_descale = None
-    scalars = normalise(
+    given = (
         q,
         k,
         v,
@@ -103,28 +113,59 @@ def flash_attn_func(
         softcap,
         num_splits,
         pack_gqa,
+        deterministic,
         sm_margin,
+        learnable_sink,
     )
+    again: ops.Outputs | Literal[False] | None = None if _is_compiling() else _eager.call(*given)
+    if again:
+        return again if return_attn_probs else again[0]
+    descales = (q_descale, k_descale, v_descale)
+    in_fp8 = isinstance(q, torch.Tensor) and q.dtype is torch.float8_e4m3fn
+    checked_descales = (None,) * 3 if in_fp8 else descales
+    scalars = normalise(*given[:6], *checked_descales, *given[9:14], sm_margin)
     if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
     if learnable_sink is not None:
         checks.tensors(learnable_sink=learnable_sink)
     if in_fp8:
-        return fp8.attention_of_e4m3(q, k, v, descales, learnable_sink, scalars, return_attn_probs)
-    if torch.compiler.is_compiling():
-        out, lse = ops.operator(q, k, v, *scalars, learnable_sink, deterministic)
-    elif checks.needs_grad(q, k, v, learnable_sink):
-        more = () if learnable_sink is None else (learnable_sink,)
-        plain = _autograd.is_plain("hopper_attention::forward", q, k, v, *more)
-        attend = ops_backward.differentiable if plain else ops.operator
-        out, lse = attend(q, k, v, *scalars, learnable_sink, deterministic)
-    elif learnable_sink is not None:
-        out, lse = ops.forward(q, k, v, *scalars, learnable_sink)
-    elif scalars[2:] == ops.DEFAULTS:
-        out, lse = ops.forward(q, k, v, *scalars[:2])
+        out, lse = fp8.attention_of_e4m3(q, k, v, descales, learnable_sink, scalars)
     else:
-        out, lse = ops.forward(q, k, v, *scalars)
+        out, lse = _attend(q, k, v, scalars, learnable_sink, deterministic)
+    if again is False:
+        _remember(given, scalars, deterministic)
     return (out, lse) if return_attn_probs else out
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scalars: Scalars,
+    learnable_sink: torch.Tensor | None,
+    deterministic: bool,
+) -> ops.Outputs:
+    """Calls the operator by the shortest way that all who should see it see."""
+    more = () if learnable_sink is None else (learnable_sink,)
+    attend: Callable[..., ops.Outputs] = ops.operator
+    if not torch.compiler.is_compiling():
+        if not checks.needs_grad(q, k, v, learnable_sink):
+            attend = ops.without_gradient
+        elif _autograd.is_plain("hopper_attention::forward", q, k, v, *more):
+            attend = ops_backward.differentiable
+    return attend(q, k, v, *scalars, learnable_sink, deterministic)
+
+
+def _remember(given: tuple[Any, ...], scalars: Scalars, deterministic: bool) -> None:
+    """Has a call that was made by the long way made again by the short one."""
+    q, k, v, *_, learnable_sink = given
+    if q.dtype is torch.float8_e4m3fn:
+        descales = given[6:9]
+        its_arguments = ops_fp8.arguments_of_e4m3(q, k, v, descales, learnable_sink, scalars)
+        _eager.adopt(given, ops_fp8._calls, ops_fp8.seen_by_table(*its_arguments))
+        return
+    of_backward = None if learnable_sink is not None else (*scalars[:-1], deterministic)
+    _eager.adopt(given, ops._calls, (q, k, v, *scalars, learnable_sink), of_backward)
 
 
 def flash_attn_qkvpacked_func(

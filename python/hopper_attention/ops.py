@@ -43,7 +43,9 @@ _workspaces: dict[tuple[int, int], torch.Tensor] = {}
 # pass does not look.
 Scalars = tuple[float, bool, int, int, float, int]
 SCALAR_NAMES = ("softmax_scale", "causal", "window_left", "window_right", "softcap", "sm_margin")
-# Of its last four. An argument that a call leaves out costs the dispatcher nothing, another 0.2 us.
+DESCALES = ("q_descale", "k_descale", "v_descale")  # of e4m3 tensors
+# Of SCALAR_NAMES' last four. An argument that a call leaves out costs the dispatcher nothing,
+# another 0.2 us.
 DEFAULTS = (UNBOUNDED, UNBOUNDED, 0.0, 0)
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]  # shape, strides, dtype
 
@@ -69,12 +71,19 @@ class Plan(NamedTuple):
 # a model repeats a few problems, and the checks would take a third of a call.
 _plans: dict[tuple[Any, ...], Plan] = {}
 _MAX_PLANS = 4096
+
+
+def memory() -> tuple[Callable[..., Any], ...]:
+    """What call_table.h calls empty, current_device and workspace."""
+    return _empty, _current_device, _workspace
+
+
 # Calls that were made before, without their Python.
 _calls = CallTable(
     ("q", "k", "v", *SCALAR_NAMES, "learnable_sink"),
     ("out", "lse"),
     ("q", "k", "v", "out", "lse", "shared workspace", "stream", "learnable_sink"),
-    lambda: (_empty, _current_device, _workspace),
+    memory,
 )
 
 

@@ -29,6 +29,7 @@ import torch
 
 from . import _autograd, checks, ops
 from ._backward_calls import Gradients, Kind, launch, make_calls
+from ._eager import Formula
 from ._layout import kernel_view
 
 _library_fragment = torch.library.Library("hopper_attention", "FRAGMENT")
@@ -244,12 +245,23 @@ def gradients(
 
     None for dq, dk and dv where nothing depends on them.
     """
+    return gradients_of(ctx.operator, ctx, None, dout, dlse)
+
+
+def gradients_of(
+    operator: Operator,
+    ctx: Any,
+    saved: tuple[Any, ...] | None,
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """As `gradients`, of this operator, and of the tensors that ctx saved where they were taken."""
     if dout is None and dlse is None:
         return None, None, None
-    saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
+    if saved is None:
+        saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
     dout = torch.zeros_like(saved[3]) if dout is None else dout
     arguments = (dout, dlse, *saved, *ctx.scalars)
-    operator: Operator = ctx.operator
     if torch.is_grad_enabled():  # create_graph=True; the operator's own formula says what is wrong
         return operator.default(*arguments)
     if not torch.compiler.is_compiling() and _autograd.is_plain(operator.name, dout, *saved[:3]):
@@ -286,6 +298,13 @@ _backward = operator_of("backward")
 _backward_sink = operator_of("backward", "sink", "plain_sink")
 backward: Callable[..., Gradients] = _backward.default
 backward_sink: Callable[..., Gradients] = _backward_sink.default
+# Those of calls that `_eager` makes.
+formula = Formula(
+    "forward",
+    _backward.name,
+    lambda: _DENSE.calls,
+    lambda *arguments: (*gradients_of(_backward, *arguments), None),
+)
 # Calls of the forward operator that want a gradient and are plain; see `_autograd.register`.
 differentiable: Callable[..., ops.Outputs] = _autograd.register(
     "forward", _differentiate, _save, _library_fragment, ops.without_gradient

@@ -57,7 +57,7 @@ _calls = CallTable(  # as ops.py's
     ("q", "k", "v", *Lengths._fields, *ops.SCALAR_NAMES),
     ("out", "lse", "workspace"),
     ("q", "k", "v", *Lengths._fields, "out", "lse", "workspace", "stream"),
-    lambda: (ops._empty, ops._current_device, ops._workspace),
+    ops.memory,
 )
 
 

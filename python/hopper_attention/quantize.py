@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from . import checks, ops_quantize
+from . import checks, ops, ops_quantize
+from ._eager import EagerCalls
 from .quantized import Quantized
-from .recipe import Fp8Recipe
+from .recipe import Fp8Recipe, arguments
 
 DEFAULT_RECIPE = Fp8Recipe()
+
+_is_compiling = torch.compiler.is_compiling
+_eager = EagerCalls("quantize", ops_quantize._calls.arguments, ops.memory)
 
 
 def quantize(
@@ -58,37 +64,19 @@ def quantize(
         RuntimeError: CUDA tensors, and the compiled library is missing, the device is no Hopper
             GPU, or CUDA fails.
     """
-    if not (
-        isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
-    ):
-        checks.tensors(q=q, k=k, v=v)
-    if rotary_cos is not None or rotary_sin is not None:
-        checks.optional_tensors(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
-    if cu_seqlens_q is not None or cu_seqlens_k is not None:
-        checks.optional_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if not isinstance(recipe, Fp8Recipe):
         raise TypeError(f"recipe must be an Fp8Recipe, got {type(recipe).__name__}")
-    if rotary_q_offset is not None:
-        rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
-    checks.no_gradient(q, k, v)
-    new_q, new_k, new_v, q_descale, k_descale, v_descale, factor, mean = ops_quantize.quantize(
-        q,
-        k,
-        v,
-        rotary_cos,
-        rotary_sin,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        recipe.qk_scale,
-        recipe.v_scale,
-        recipe.hadamard,
-        recipe.seed,
-        recipe.smooth_k,
-        recipe.transpose_v,
-        checks.flag("rotary_interleaved", rotary_interleaved),
-        rotary_q_offset,
-        checks.integer("rotary_k_offset", rotary_k_offset),
+    given = (
+        *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k, *arguments(recipe)),
+        *(rotary_interleaved, rotary_q_offset, rotary_k_offset),
     )
+    again = None if _is_compiling() else _eager.call(*given)
+    # Fewer results, where the last ones are empty.
+    num_results = 8 if recipe.smooth_k else 7 if recipe.v_scale == "token" else 6
+    outputs = again or _call_operator(*given)
+    if again is False:
+        _eager.adopt(given, ops_quantize._calls, given, num_results=num_results)
+    new_q, new_k, new_v, q_descale, k_descale, v_descale, *more = outputs
     return Quantized(
         q=new_q,
         k=new_k,
@@ -96,9 +84,35 @@ def quantize(
         q_descale=q_descale,
         k_descale=k_descale,
         v_descale=v_descale,
-        v_token_factor=factor if recipe.v_scale == "token" else None,
-        k_mean=mean if recipe.smooth_k else None,
+        v_token_factor=more[0] if recipe.v_scale == "token" else None,
+        k_mean=more[1] if recipe.smooth_k else None,
         recipe=recipe,
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
     )
+
+
+def _call_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    *rest: Any,
+) -> ops_quantize.Outputs:
+    checks.tensors(q=q, k=k, v=v)
+    checks.optional_tensors(rotary_cos=rotary_cos, rotary_sin=rotary_sin)
+    checks.optional_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    *recipe, rotary_interleaved, rotary_q_offset, rotary_k_offset = rest
+    if rotary_q_offset is not None:
+        rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
+    checks.no_gradient(q, k, v)
+    outputs: ops_quantize.Outputs = ops_quantize.quantize(
+        *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k, *recipe),
+        checks.flag("rotary_interleaved", rotary_interleaved),
+        rotary_q_offset,
+        checks.integer("rotary_k_offset", rotary_k_offset),
+    )
+    return outputs

@@ -72,6 +72,14 @@ class Fp8Recipe:
             raise ValueError(f"seed must be from 0 to 2**63 - 1, got {self.seed}")
 
 
+def arguments(recipe: Fp8Recipe) -> tuple[str, str, bool, int, bool, bool]:
+    """What the quantizer is told: all fields but accumulation."""
+    return (
+        *(recipe.qk_scale, recipe.v_scale, recipe.hadamard, recipe.seed, recipe.smooth_k),
+        recipe.transpose_v,
+    )
+
+
 def signs(head_dim: int, seed: int) -> torch.Tensor:
     """The random signs that precede the Walsh-Hadamard transform, the same for Q, K and all heads.
 

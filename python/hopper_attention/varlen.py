@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import torch
 
 from . import _autograd, checks, checks_varlen, ops, ops_varlen, ops_varlen_backward
+from ._eager import EagerCalls
+from .checks_varlen import Lengths
 from .interface import normalise
+
+_is_compiling = torch.compiler.is_compiling
+_eager = EagerCalls(
+    "forward_varlen",
+    (
+        *("q", "k", "v", *Lengths._fields, "softmax_scale", "causal", "qv", *ops.DESCALES),
+        *("window_size", "attention_chunk", "softcap", "num_splits", "pack_gqa"),
+        *("deterministic", "sm_margin"),
+    ),
+    ops.memory,
+    ops_varlen_backward.formula,
+    Lengths._fields,
+)
 
 
 def flash_attn_varlen_func(
@@ -87,7 +105,35 @@ def flash_attn_varlen_func(
         NotImplementedError: an argument asks for what is not built yet.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
-    lengths = checks_varlen.Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
+    given = (
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        seqused_q,
+        seqused_k,
+        softmax_scale,
+        causal,
+        qv,
+        q_descale,
+        k_descale,
+        v_descale,
+        window_size,
+        attention_chunk,
+        softcap,
+        num_splits,
+        pack_gqa,
+        deterministic,
+        sm_margin,
+    )
+    again: ops.Outputs | Literal[False] | None = None
+    # These have no effect, and change from batch to batch; what is none of them is refused below.
+    if not _is_compiling() and _is_length(max_seqlen_q) and _is_length(max_seqlen_k):
+        again = _eager.call(*given)
+        if again:
+            return again if return_attn_probs else again[0]
+    lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     scalars = prepare(
         q,
         k,
@@ -110,25 +156,41 @@ def flash_attn_varlen_func(
     )
     if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
-    if torch.compiler.is_compiling():
-        out, lse = ops_varlen.operator(q, k, v, *lengths, *scalars, deterministic)
-    elif checks.needs_grad(q, k, v):
-        given = [x for x in lengths if x is not None]
-        plain = _autograd.is_plain("hopper_attention::forward_varlen", q, k, v, *given)
-        attend = ops_varlen_backward.differentiable if plain else ops_varlen.operator
-        out, lse = attend(q, k, v, *lengths, *scalars, deterministic)
-    elif scalars[2:] == ops.DEFAULTS:
-        out, lse = ops_varlen.forward(q, k, v, *lengths, *scalars[:2])
-    else:
-        out, lse = ops_varlen.forward(q, k, v, *lengths, *scalars)
+    out, lse = _attend(q, k, v, lengths, scalars, deterministic)
+    if again is False:
+        its_arguments = (q, k, v, *lengths, *scalars)
+        _eager.adopt(given, ops_varlen._calls, its_arguments, (*scalars[:-1], deterministic))
     return (out, lse) if return_attn_probs else out
+
+
+def _is_length(max_seqlen: Any) -> bool:
+    return max_seqlen is None or (type(max_seqlen) is int and max_seqlen >= 0)
+
+
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Lengths,
+    scalars: ops.Scalars,
+    deterministic: bool,
+) -> ops.Outputs:
+    """Calls the operator by the shortest way that all who should see it see."""
+    attend: Callable[..., ops.Outputs] = ops_varlen.operator
+    if not torch.compiler.is_compiling():
+        given = [x for x in lengths if x is not None]
+        if not checks.needs_grad(q, k, v):
+            attend = ops_varlen.without_gradient
+        elif _autograd.is_plain("hopper_attention::forward_varlen", q, k, v, *given):
+            attend = ops_varlen_backward.differentiable
+    return attend(q, k, v, *lengths, *scalars, deterministic)
 
 
 def prepare(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lengths: checks_varlen.Lengths,
+    lengths: Lengths,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
     **arguments: object,

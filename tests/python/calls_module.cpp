@@ -1,8 +1,9 @@
-// A Python module of bindings_calls.cpp alone: call_table, and prepared(function, num_addresses), a
-// prepared call that calls a Python function. test_calls.py compiles it.
+// A Python module of the calls that were made before alone: what kCallTableFunctions lists, and
+// prepared(function, num_addresses), a prepared call that calls a Python function. test_calls.py
+// compiles it.
 #include <cstddef>
 
-#include "call_table.h"
+#include "eager_calls.h"
 
 namespace {
 
@@ -49,17 +50,13 @@ PyObject* prepared(PyObject*, PyObject* arguments) {
   return result;
 }
 
-PyMethodDef kFunctions[] = {
-    {"call_table", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&make_call_table)),
-     METH_FASTCALL, kCallTableDoc},
-    {"prepared", &prepared, METH_VARARGS, nullptr},
-    {nullptr, nullptr, 0, nullptr}};
+PyMethodDef kPrepared = {"prepared", &prepared, METH_VARARGS, nullptr};
 
 PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
                        "calls_module",
                        nullptr,
                        -1,
-                       kFunctions,
+                       nullptr,
                        nullptr,
                        nullptr,
                        nullptr,
@@ -67,4 +64,12 @@ PyModuleDef kModule = {PyModuleDef_HEAD_INIT,
 
 }  // namespace
 
-PyMODINIT_FUNC PyInit_calls_module(void) { return PyModule_Create(&kModule); }
+PyMODINIT_FUNC PyInit_calls_module(void) {
+  PyObject* const module = PyModule_Create(&kModule);
+  const auto add = [&](PyMethodDef* definition) {
+    PyModule_AddObject(module, definition->ml_name, PyCFunction_New(definition, nullptr));
+  };
+  for (PyMethodDef& definition : kCallTableFunctions) add(&definition);
+  add(&kPrepared);
+  return module;
+}

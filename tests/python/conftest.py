@@ -8,6 +8,7 @@ PyTorch's machinery is the real one.
 
 import warnings
 
+import call_tables
 import pytest
 import torch
 from gradient_formulas import at, formulas
@@ -90,6 +91,20 @@ class FakeLibrary:
             to.copy_(gradient)
 
 
+@pytest.fixture(scope="session")
+def calls_module(tmp_path_factory):
+    """What finds calls again, compiled by itself."""
+    if call_tables.UNAVAILABLE is not None:
+        pytest.skip(call_tables.UNAVAILABLE)
+    return call_tables.compile_module(tmp_path_factory.mktemp("calls"))
+
+
+@pytest.fixture(autouse=True)
+def no_calls_from_before(monkeypatch):
+    """Tables of calls without any: what they keep of a test is of libraries that stand in."""
+    call_tables.empty(monkeypatch)
+
+
 @pytest.fixture
 def gradient_library(monkeypatch):
     """A stand-in library, and CPU tensors that go the way of CUDA ones to it."""
@@ -118,3 +133,12 @@ def gradient_library(monkeypatch):
             implementations.impl(name, function, "CPU", allow_override=True)
         yield fake
         implementations._destroy()
+
+
+@pytest.fixture
+def compiled_library(monkeypatch, calls_module, gradient_library):
+    """The stand-in library, whose calls are found again as the compiled one's."""
+    call_tables.serve_the_cpu(monkeypatch)
+    for name in ("prepare", "prepare_backward"):
+        call_tables.prepare_compiled(monkeypatch, calls_module, gradient_library, name)
+    return gradient_library

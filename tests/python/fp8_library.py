@@ -33,6 +33,9 @@ class FakeLibrary:
         self.pointers = []
         self.prepared = 0
 
+    def call_table(self, *memory):
+        """None, as where PyTorch cannot show the library its tensors."""
+
     def prepare_fp8(self, longs, ints, softmax_scale, softcap):
         assert len(longs) == 21
         self.prepared += 1

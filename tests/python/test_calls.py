@@ -1,20 +1,15 @@
-"""Calls made again by the compiled module (bindings_calls.cpp), which is compiled here by itself.
+"""Calls made again by the compiled module (bindings_calls.cpp), which is compiled by itself.
 
 Its tables read the CPU's tensors through PyTorch's exchange interface as they read a GPU's.
 """
 
-import copy
 import ctypes
 import gc
-import importlib.util
-import shutil
-import subprocess
-import sysconfig
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from call_tables import EXCHANGE, eager_calls, prepare_compiled, serve_the_cpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_backward import assert_differentiates
@@ -24,35 +19,23 @@ from varlen_library import CU_K, CU_Q, operators_on_the_cpu
 from varlen_library import install_library as install_varlen_library
 
 import hopper_attention
-from hopper_attention import _calls, _library, ops, ops_backward, ops_varlen, ops_varlen_backward
+from hopper_attention import (
+    _calls,
+    _eager,
+    _library,
+    interface,
+    ops,
+    ops_backward,
+    ops_varlen,
+    ops_varlen_backward,
+)
 
-ROOT = Path(__file__).parents[2]
-HEADER = Path(sysconfig.get_path("include"), "Python.h")
-EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
 LAYOUT = ((2, 3), (3, 1), torch.float32)
-STREAM = 4711  # that of the libraries that stand in
-
-pytestmark = [
-    pytest.mark.skipif(EXCHANGE is None, reason="PyTorch has no exchange interface before 2.10"),
-    pytest.mark.skipif(
-        shutil.which("g++") is None or not HEADER.exists(), reason="needs g++ and Python's headers"
-    ),
-]
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
-    path = (
-        tmp_path_factory.mktemp("calls") / f"calls_module{sysconfig.get_config_var('EXT_SUFFIX')}"
-    )
-    sources = ROOT / "python/bindings_calls.cpp", ROOT / "tests/python/calls_module.cpp"
-    include = f"-I{ROOT / 'python'}", f"-I{HEADER.parent}"
-    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run(["g++", *flags, *include, *sources, "-o", path], check=True)
-    spec = importlib.util.spec_from_file_location("calls_module", path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+def module(calls_module):
+    return calls_module
 
 
 class Memory:
@@ -62,7 +45,7 @@ class Memory:
         self.device = 0  # the CPU's index, as DLPack has it
         self.asked, self.outputs, self.addresses = [], [], []
         self.workspaces = torch.zeros(4, 64)
-        self.call, self._remember = module.call_table(
+        self.call, self._remember, self.known = module.call_table(
             EXCHANGE, self.empty, lambda: self.device, self.workspace
         )
         self.prepared = module.prepared
@@ -80,7 +63,7 @@ class Memory:
 
     def remember(self, arguments, outputs=(LAYOUT,), num_results=1, order=(0,), run=None):
         run = self.prepared(run or self.run, len(order))
-        self._remember(arguments, run, outputs, num_results, order)
+        self._remember(arguments, ((run, order),), outputs, num_results, None)
 
 
 @pytest.fixture
@@ -162,7 +145,7 @@ def test_each_call_has_its_own_outputs(module, data):
         assert (found is not None) == (seen in known)
         if found is None:
             known[seen] = number + 1
-            memory.remember(arguments, (((number + 1,), (1,), torch.uint8),))
+            memory.remember(arguments, (((number + 1,), (1,), torch.uint8),), order=(0, 1))
         else:
             assert found[0].shape == (known[seen],)
 
@@ -182,10 +165,10 @@ def test_errors_arrive(memory, module, name):
     functions = {"empty": memory.empty, "current_device": lambda: 0, "workspace": memory.workspace}
     if name in functions:
         functions[name] = fail
-    call, remember = module.call_table(EXCHANGE, *functions.values())
-    run = module.prepared(fail if name == "run" else memory.run, 1)
+    call, remember, _ = module.call_table(EXCHANGE, *functions.values())
+    run = module.prepared(fail if name == "run" else memory.run, 2)
     shared_workspace = len(BASE) + 2  # behind the output and the stream
-    remember(BASE, run, (LAYOUT,), 1, (shared_workspace,))
+    remember(BASE, ((run, (0, shared_workspace)),), (LAYOUT,), 1, None)
     for _ in range(2):
         with pytest.raises(MemoryError, match=f"{name} has none"):
             call(*BASE)
@@ -194,9 +177,9 @@ def test_errors_arrive(memory, module, name):
 
 def test_what_cannot_be_remembered_is_refused(memory):
     with pytest.raises(ValueError, match="run must be a prepared call"):
-        memory._remember(BASE, memory.run, (LAYOUT,), 1, (0,))
+        memory._remember(BASE, ((memory.run, (0,)),), (LAYOUT,), 1, None)
     with pytest.raises(ValueError, match="too many arguments"):
-        memory.remember((None,) * 25)
+        memory.remember((None,) * 33)
     with pytest.raises(ValueError, match=r"too many .* results"):
         memory.remember(BASE, num_results=2)
     with pytest.raises(ValueError, match="an output must be"):
@@ -205,7 +188,7 @@ def test_what_cannot_be_remembered_is_refused(memory):
         with pytest.raises(ValueError, match="order has a place that is none"):
             memory.remember(BASE, order=(place,))
     with pytest.raises(ValueError, match="order must have a place for each address"):
-        memory._remember(BASE, memory.prepared(memory.run, 2), (LAYOUT,), 1, (0,))
+        memory._remember(BASE, ((memory.prepared(memory.run, 2), (0,)),), (LAYOUT,), 1, None)
     assert memory.call(*BASE) is None
 
 
@@ -241,54 +224,18 @@ def test_an_exchange_interface_of_another_version(module):
         module.call_table(EXCHANGE)
 
 
-def emptied(table):
-    """The table without calls, for tensors of the CPU."""
-    table = copy.copy(table)
-    table.call, table._remember = _calls._unknown, None
-    table._memory = lambda: (ops._empty, lambda: 0, ops._workspace)
-    return table
-
-
-def prepare_compiled(monkeypatch, module, fake, name):
-    """Has a library that stands in prepare calls as the compiled one does."""
-    prepare = getattr(fake, name)
-
-    def prepared(*arguments):
-        run = prepare(*arguments)
-        run, *rest = run if isinstance(run, tuple) else (run,)
-        made = module.prepared(lambda *addresses: run(*at_stream(addresses)), len(order(name)))
-        return (made, *rest) if rest else made
-
-    def at_stream(addresses):
-        stream = order(name).index("stream")
-        return (*addresses[:stream], STREAM, *addresses[stream + 1 :])
-
-    monkeypatch.setattr(fake, name, prepared)
-    monkeypatch.setattr(fake, "call_table", module.call_table)
-
-
-def order(name):
-    statistics = ("dlse", "dq", "dk", "dv", "workspace", "stream")
-    backward = ("q", "k", "v", "out", "dout", "lse", *statistics)
-    return {
-        "prepare": (*"qkv", "out", "lse", "workspace", "stream", "sink"),
-        "prepare_backward": (*backward, "sink", "dsink"),
-        "prepare_varlen": (*"qkv", *[""] * 4, "out", "lse", "workspace", "stream"),
-        "prepare_varlen_backward": (*backward, *[""] * 4),
-    }[name]
+@pytest.fixture(params=["the operators' calls", "eager calls"])
+def by(request, monkeypatch):
+    """Which tables find calls again."""
+    if request.param == "the operators' calls":
+        for calls in eager_calls():
+            monkeypatch.setattr(calls, "call", _eager._never)
+    return request.param
 
 
 @pytest.fixture
-def dense(monkeypatch, module, gradient_library):
-    monkeypatch.setattr(ops, "_calls", emptied(ops._calls))
-    for kind in ("_DENSE", "_WITH_SINK"):
-        of_kind = getattr(ops_backward, kind)
-        monkeypatch.setattr(ops_backward, kind, of_kind._replace(calls=emptied(of_kind.calls)))
-    for name in ("prepare", "prepare_backward"):
-        prepare_compiled(monkeypatch, module, gradient_library, name)
-    # In Python the stream is this one.
-    monkeypatch.setattr(ops, "_raw_stream", lambda device_index: STREAM)
-    return gradient_library
+def dense(compiled_library, by):
+    return compiled_library
 
 
 @pytest.mark.parametrize(
@@ -345,13 +292,11 @@ def test_what_must_be_copied_is_copied_each_time(dense):
             assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
-def test_packed_batches_again(module):
+def test_packed_batches_again(module, by):
     with pytest.MonkeyPatch.context() as patch, operators_on_the_cpu():
         fake = install_varlen_library(patch)
+        serve_the_cpu(patch)
         patch.setattr(ops_varlen, "forward", ops_varlen._inference)
-        patch.setattr(ops_varlen, "_calls", emptied(ops_varlen._calls))
-        kind = ops_varlen_backward._PACKED
-        patch.setattr(ops_varlen_backward, "_PACKED", kind._replace(calls=emptied(kind.calls)))
         for name in ("prepare_varlen", "prepare_varlen_backward"):
             prepare_compiled(patch, module, fake, name)
         inputs = [x.detach().requires_grad_() for x in packed_qkv()]
@@ -370,7 +315,8 @@ def test_packed_batches_again(module):
 def test_where_pytorch_has_no_exchange_interface(monkeypatch):
     monkeypatch.setattr(_calls, "_exchange", None)
     monkeypatch.setattr(_library, "_module", type("Library", (), {"call_table": None}))
-    table = emptied(ops._calls)
     for _ in range(2):
-        table.remember(BASE, len, (LAYOUT,), 1)
-        assert table.call(*BASE) is None
+        ops._calls.remember(BASE, len, (LAYOUT,), 1)
+        assert ops._calls.call(*BASE) is None
+        interface._eager.adopt(BASE, ops._calls, BASE)
+        assert interface._eager.call(*BASE) is None

@@ -26,6 +26,9 @@ class Quantizer:
         self.calls = []
         self.prepared = []
 
+    def call_table(self, *memory):
+        """None, as where PyTorch cannot show the library its tensors."""
+
     def prepare_quantize(self, packed, longs, ints, signs):
         self.prepared.append((packed, longs, ints, signs))
         return lambda *addresses: self.calls.append(addresses), 100
