@@ -74,7 +74,8 @@ const Field kFields[] = {
     FIELD(tile_n),      FIELD(stages),       FIELD(num_consumers),    FIELD(ping_pong),
     FIELD(schedule),    FIELD(skip_rescale), FIELD(overlap_products), FIELD(v_parts),
     FIELD(exp_turns),   FIELD(exp2_by_fma),  FIELD(late_rescale),     FIELD(mask_by_bits),
-    FIELD(alpha_first), FIELD(free_first),   FIELD(narrow_first),     FIELD(cluster),
+    FIELD(alpha_first), FIELD(free_first),   FIELD(narrow_first),     FIELD(ahead_first),
+    FIELD(cluster),
 #undef FIELD
 };
 

@@ -25,6 +25,14 @@ struct Ring {
   }
 };
 
+template <>
+struct Ring<1> {
+  static constexpr int stage = 0;
+  std::uint32_t phase = 0;
+
+  CUTLASS_DEVICE void advance() { phase ^= 1; }
+};
+
 // One arrival a warp: the barrier counts warps.
 CUTLASS_DEVICE void arrive_warp(EmptyBarrier& barrier) {
   if (cute::elect_one_sync()) barrier.arrive();

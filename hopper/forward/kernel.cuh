@@ -16,10 +16,12 @@ namespace hopper_attention {
 template <class Traits>
 CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transposers, bool o_on_q) {
   constexpr int kConsumerWarps = Traits::kConsumers * kWarpgroupWarps;
-  for (int i = 0; i < Traits::kConsumers; ++i) {
+  for (int i = 0; i < q_stages(Traits::kConfig) * Traits::kConsumers; ++i) {
     barriers.q_full[i].init(1);
     barriers.q_empty[i].init(o_on_q ? 1 : kWarpgroupWarps);
-    if constexpr (!Traits::kFp8) barriers.o_sent[i].init(1);
+    if constexpr (!Traits::kFp8) {
+      if (i < Traits::kConsumers) barriers.o_sent[i].init(1);
+    }
   }
   for (int i = 0; i < Traits::kStages; ++i) {
     barriers.k_full[i].init(1);
@@ -69,11 +71,13 @@ CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedSto
 }
 
 // One tile of one consumer's rows, from its scores to O and LSE in global memory. mask: the tile's.
-template <class Traits>
+// first_scores, issue_next: see attend.
+template <class Traits, class FirstScores, class IssueNext>
 CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::SharedStorage& shared,
                               TileSink<Traits> const& sink, Mask const& mask, int consumer,
                               int thread, Ring<Traits::kStages>& k_ring,
-                              Ring<Traits::kStages>& v_ring, std::uint32_t q_phase) {
+                              Ring<Traits::kStages>& v_ring, QRing<Traits> q_ring,
+                              FirstScores& first_scores, IssueNext const& issue_next) {
   using namespace cute;
   const TileMessage message = sink.tile(shared.barriers);
   const BlockRange blocks = visited_blocks<Traits>(mask, message.tile);
@@ -86,7 +90,7 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     Fp8Softmax<Traits> softmax;
     Tensor rO = partition_fragment_C(Mma{}, Shape<typename Traits::M, Int<Traits::kOColumns>>{});
     attend<Traits>(params, shared, sink, blocks, first_row, consumer, thread, k_ring, v_ring,
-                   q_phase, softmax, rO);
+                   q_ring.phase, softmax, rO);
     // Else addresses made of it would last through the products; without masks there is room.
     if constexpr (Traits::kMasked) thread = fresh_thread() % kWarpgroupThreads;
     const TileMessage done = sink.tile(shared.barriers);
@@ -98,7 +102,7 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<typename Traits::M, typename Traits::Dv>{});
     attend<Traits>(params, shared, sink, mask, blocks, first_row, consumer, thread, k_ring, v_ring,
-                   q_phase, softmax, rO);
+                   q_ring, softmax, rO, first_scores, issue_next);
     if constexpr (Traits::kPacked) {
       asm volatile("" : "+r"(thread));  // else addresses made of it would last through the products
       clear_unused_rows(softmax, rO, sink.sequence(shared.barriers).seqlen_q, first_row, thread);
@@ -118,23 +122,77 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
 }
 
 template <class Traits>
+CUTE_DEVICE void consume_tiles(ForwardParams const& params, typename Traits::SharedStorage& shared,
+                               int consumer, int thread) {
+  TileSink<Traits> sink;
+  Ring<Traits::kStages> k_ring, v_ring;
+  std::uint32_t q_phase = 0;
+  struct None {
+    CUTE_DEVICE void operator()() const {}
+  } none;
+  while (sink.next(shared.barriers)) {
+    if constexpr (Traits::kPacked) {
+      const Mask mask = sink.mask(params, shared.barriers);
+      consume_tile<Traits>(params, shared, sink, mask, consumer, thread, k_ring, v_ring, {q_phase},
+                           none, none);
+    } else {
+      consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
+                           {q_phase}, none, none);
+    }
+    sink.release(shared.barriers);
+    q_phase ^= 1;
+  }
+}
+
+// The same with ahead_first: a tile's first product is issued under the epilogue of the one before.
+// After the last tile it multiplies what lies in the buffers, for nobody: a branch would cost more.
+template <class Traits>
+CUTE_DEVICE void consume_tiles_ahead(ForwardParams const& params,
+                                     typename Traits::SharedStorage& shared, int consumer,
+                                     int thread) {
+  using namespace cute;
+  auto& barriers = shared.barriers;
+  TileSink<Traits> sink;
+  Ring<Traits::kStages> k_ring, v_ring;
+  QRing<Traits> q_ring;
+  typename Traits::MmaQK mma;
+  auto thread_mma = mma.get_thread_slice(0);
+  Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{});
+  Tensor tSrK = thread_mma.partition_fragment_B(sK);
+  Tensor rS = make_scores<Traits>();
+  auto issue_first = [&](bool exists) {
+    const int q_buffer = q_index<Traits>(q_ring, consumer);
+    if (exists) {
+      barriers.q_full[q_buffer].wait(q_ring.phase);
+      barriers.k_full[k_ring.stage].wait(k_ring.phase);
+    }
+    Tensor sQ = make_tensor(make_smem_ptr(shared.q[q_buffer]), typename Traits::LayoutQ{});
+    Tensor tSrQ = thread_mma.partition_fragment_A(sQ);
+    issue_product<true>(mma, tSrQ, tSrK(_, _, _, k_ring.stage), rS);
+  };
+  bool more = sink.next(barriers);
+  issue_first(more);
+  while (more) {
+    consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
+                         q_ring, rS, [&] {
+                           q_ring.advance();
+                           more = sink.has_next(barriers);
+                           issue_first(more);
+                         });
+    sink.release(barriers);
+  }
+  warpgroup_wait<0>();
+}
+
+template <class Traits>
 CUTE_DEVICE void consume(ForwardParams const& params, typename Traits::SharedStorage& shared,
                          int consumer) {
   const int thread = threadIdx.x % kWarpgroupThreads;
   Turns<Traits, Traits::kConfig.ping_pong || Traits::kConfig.exp_turns>{consumer}.start();
-  TileSink<Traits> sink;
-  Ring<Traits::kStages> k_ring, v_ring;
-  std::uint32_t q_phase = 0;
-  while (sink.next(shared.barriers)) {
-    if constexpr (Traits::kPacked) {
-      const Mask mask = sink.mask(params, shared.barriers);
-      consume_tile<Traits>(params, shared, sink, mask, consumer, thread, k_ring, v_ring, q_phase);
-    } else {
-      consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
-                           q_phase);
-    }
-    sink.release(shared.barriers);
-    q_phase ^= 1;
+  if constexpr (Traits::kConfig.ahead_first) {
+    consume_tiles_ahead<Traits>(params, shared, consumer, thread);
+  } else {
+    consume_tiles<Traits>(params, shared, consumer, thread);
   }
   if (thread == 0) cute::tma_store_wait<0>();  // shared memory lives until TMA has read it
 }

@@ -19,7 +19,22 @@ CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
   if constexpr (Traits::kCluster > 1) return all_key_blocks(mask, Traits::kTileN);
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
   const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
-  return key_blocks(mask, row_begin, row_end, Traits::kTileN);
+  const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
+  if constexpr (Traits::kConfig.ahead_first) {
+    // Its first product is issued before anyone looks: a tile without keys has a block past the
+    // last key, zeros that no row sees. Not block 0: without keys the descriptors are of Q.
+    const int past = max(1, all_key_blocks(mask, Traits::kTileN).end);
+    if (blocks.empty()) return {past, past + 1};
+  }
+  return blocks;
+}
+
+// A consumer's place in its q_stages buffers of Q, and which of all consumers' that is.
+template <class Traits>
+using QRing = Ring<q_stages(Traits::kConfig)>;
+template <class Traits>
+CUTE_DEVICE int q_index(QRing<Traits> ring, int consumer) {
+  return ring.stage * Traits::kConsumers + consumer;
 }
 
 // TMA's copies of a tile, slab by slab, into consecutive shared memory of kBlocks blocks alike.
@@ -89,6 +104,12 @@ struct ValueLoader {
 };
 
 // Draws tiles and loads their K and V, right to left; V one block behind K, as they are consumed.
+//
+// With ahead_first a consumer waits for tile t + 1, its Q and its first K (every tile has one)
+// while it holds t's slot and t's last V. Nobody waits in a circle: what it waits for takes the
+// slot and Q's buffers of t - 1 and buffers of K and V that it released before, and what it holds
+// is waited for only behind t + 1's first K: the slot by t + 2, V's buffer by the V two blocks on.
+// Turns are taken at each tile's other blocks, as many by every consumer.
 template <class Traits, class Source, class Values>
 CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
                                      typename Traits::SharedStorage& shared) {
@@ -116,9 +137,17 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   Source source;
   source.start(params);
   int work_idx = blockIdx.x / cluster_blocks<Traits>(params);
+  constexpr bool kAhead = Traits::kConfig.ahead_first;
+  DrawnTile next;  // with ahead_first, told already
+  auto publish_next = [&] {
+    if (!source.has(params, work_idx)) return;
+    next = source.find(params, work_idx);
+    source.publish(barriers, next);
+  };
+  if constexpr (kAhead) publish_next();
   while (source.has(params, work_idx)) {
-    const DrawnTile drawn = source.find(params, work_idx);
-    source.publish(barriers, drawn);
+    const DrawnTile drawn = kAhead ? next : source.find(params, work_idx);
+    if constexpr (!kAhead) source.publish(barriers, drawn);
     const int head = drawn.message.head_kv;
     const int batch = Traits::kPacked ? 0 : drawn.message.tile.batch;
     if constexpr (Traits::kPacked) values.start_tile(drawn);
@@ -127,11 +156,17 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
     for (int n_block = blocks.end - 1; n_block >= blocks.begin - 1; --n_block) {
       if (n_block >= blocks.begin) load_k(drawn.k_begin + n_block * Traits::kTileN, head, batch);
       if (n_block == max(blocks.end - 2, blocks.begin - 1)) wait_for_o();  // ahead of the first V
+      if constexpr (kAhead) {
+        if (n_block < blocks.begin) {
+          work_idx = source.draw(params, work_idx);
+          publish_next();
+        }
+      }
       if (n_block + 1 < blocks.end) values.load(params, shared, n_block + 1, head, batch);
     }
     // As late as the loads allow: a tile drawn a whole tile ahead would go to the block that is at
     // its longest one, and the longest tiles would pair up (4% of a causal run at 16k).
-    work_idx = source.draw(params, work_idx);
+    if constexpr (!kAhead) work_idx = source.draw(params, work_idx);
   }
   source.publish(barriers, no_more_tiles());
   source.finish(params);
@@ -144,7 +179,7 @@ CUTE_DEVICE void produce_queries(ForwardParams const& params,
                                  typename Traits::SharedStorage& shared) {
   auto& barriers = shared.barriers;
   TileSink<Traits> sink;
-  std::uint32_t phase = 0;
+  QRing<Traits> ring;
   while (sink.next(barriers)) {
     const WorkTile tile = sink.tile(barriers).tile;
     int first_row = 0;
@@ -152,17 +187,18 @@ CUTE_DEVICE void produce_queries(ForwardParams const& params,
     const int batch = Traits::kPacked ? 0 : tile.batch;
     sink.release(barriers);
     for (int consumer = 0; consumer < Traits::kConsumers; ++consumer) {
-      barriers.q_empty[consumer].wait(phase ^ 1);
+      const int buffer = q_index<Traits>(ring, consumer);
+      barriers.q_empty[buffer].wait(ring.phase ^ 1);
       if (cute::elect_one_sync()) {
         load_tile<Traits::kSlab, Traits::kHeadDim, kConsumerRows>(
-            params.q, barriers.q_full[consumer], cute::TMA::CacheHintSm90::EVICT_FIRST,
-            shared.q[consumer],
+            params.q, barriers.q_full[buffer], cute::TMA::CacheHintSm90::EVICT_FIRST,
+            shared.q[buffer],
             first_row + tile.m_block * Traits::kConfig.tile_m() + consumer * kConsumerRows,
             tile.head, batch);
       }
       __syncwarp();
     }
-    phase ^= 1;
+    ring.advance();
   }
 }
 

@@ -60,21 +60,32 @@ CUTE_DEVICE BlockRange own_blocks(Mask const& mask, BlockRange blocks, int first
   return first_row < mask.seqlen_q && !own.empty() ? own : BlockRange{blocks.begin, blocks.begin};
 }
 
+// A consumer's scores of a block.
+template <class Traits>
+CUTE_DEVICE auto make_scores() {
+  return cute::partition_fragment_C(typename Traits::MmaQK{},
+                                    cute::Shape<typename Traits::M, typename Traits::N>{});
+}
+
 // O of one consumer's rows of one tile, not yet divided by the row sums, and their statistics.
-// thread: 0 to 127 within the consumer. ring: this consumer's place in K's and V's stages.
-template <class Traits, class Output>
+// thread: 0 to 127 within the consumer. rings: this consumer's place in the stages. With
+// ahead_first the tensor cores are at the first block's scores already, and issue_next() has them
+// begin those of the next tile's, in the same registers.
+template <class Traits, class Output, class FirstScores, class IssueNext>
 CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStorage& shared,
                         TileSink<Traits> const& sink, Mask const& mask, BlockRange blocks,
                         int first_row, int consumer, int thread, Ring<Traits::kStages>& k_ring,
-                        Ring<Traits::kStages>& v_ring, std::uint32_t q_phase, Softmax& softmax,
-                        Output& rO) {
+                        Ring<Traits::kStages>& v_ring, QRing<Traits> q_ring, Softmax& softmax,
+                        Output& rO, FirstScores& first_scores, IssueNext const& issue_next) {
   using namespace cute;
   using Element = typename Traits::Element;
   auto& barriers = shared.barriers;
   const Turns<Traits> turns{consumer};
+  constexpr bool kAhead = Traits::kConfig.ahead_first;
+  const int q_buffer = q_index<Traits>(q_ring, consumer);
   typename Traits::MmaQK mma_qk;
   typename Traits::MmaPV mma_pv;
-  Tensor sQ = make_tensor(make_smem_ptr(shared.q[consumer]), typename Traits::LayoutQ{});
+  Tensor sQ = make_tensor(make_smem_ptr(shared.q[q_buffer]), typename Traits::LayoutQ{});
   Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{});
   Tensor sVt = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutVt{});
   auto thread_qk = mma_qk.get_thread_slice(0);  // descriptors are the same for every thread
@@ -82,7 +93,12 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   Tensor tSrQ = thread_qk.partition_fragment_A(sQ);   // (MMA, 1, d/16)
   Tensor tSrK = thread_qk.partition_fragment_B(sK);   // (MMA, 1, d/16, stages)
   Tensor tOrV = thread_pv.partition_fragment_B(sVt);  // (MMA, 1, tile_n/16, stages)
-  Tensor rS = partition_fragment_C(mma_qk, Shape<typename Traits::M, typename Traits::N>{});
+  auto&& rS = [&]() -> decltype(auto) {
+    if constexpr (kAhead)
+      return (first_scores);
+    else
+      return make_scores<Traits>();
+  }();
   // P as the second product's A operand has S's elements in S's order.
   Tensor rP =
       make_tensor<Element>(Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileN / 16>>>{});
@@ -126,7 +142,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
       release_v();
     }
   };
-  auto release_q = [&] { arrive_warp(barriers.q_empty[consumer]); };
+  auto release_q = [&] { arrive_warp(barriers.q_empty[q_buffer]); };
   auto prepare_scores = [&](auto& s, int n_block) {
     if constexpr (Traits::kMasked) {
       if (params.transform_scores) transform_scores(s, params);
@@ -190,20 +206,25 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
     convert_probabilities<Element>(rS, rP);
   };
 
-  barriers.q_full[consumer].wait(q_phase);
+  if constexpr (!kAhead) barriers.q_full[q_buffer].wait(q_ring.phase);
   clear(rO);
-  skip(blocks.end - 1, own.end);  // all of them where own is empty: it ends where blocks begins
-  if (own.empty()) {
-    release_q();
-    return;
+  if constexpr (!kAhead) {
+    skip(blocks.end - 1, own.end);  // all of them where own is empty: it ends where blocks begins
+    if (own.empty()) {
+      release_q();
+      return;
+    }
+    wait_k();
   }
-  wait_k();
   // The first block, of which s has the scores of all keys or of the first that k holds.
   auto begin = [&](auto& mma, auto const& k, auto& s) {
-    if constexpr (!kFreeFirst) turns.wait();
-    issue_product<true>(mma, tSrQ, k(_, _, _, k_ring.stage), s);
-    if constexpr (!kFreeFirst) turns.pass();
+    if constexpr (!kAhead) {
+      if constexpr (!kFreeFirst) turns.wait();
+      issue_product<true>(mma, tSrQ, k(_, _, _, k_ring.stage), s);
+      if constexpr (!kFreeFirst) turns.pass();
+    }
     warpgroup_wait<0>();
+    if constexpr (kAhead) warpgroup_fence_operand(s);
     release_k(true);
     if (own.end > plain.end) prepare_scores(s, own.end - 1);
     CUTE_UNROLL
@@ -248,10 +269,11 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   release_q();
   if constexpr (Traits::kConfig.late_rescale) rescale();
   add_values();
-  warpgroup_wait<0>();
+  issue_next();
+  warpgroup_wait<kAhead ? 1 : 0>();
   warpgroup_fence_operand(rO);
   release_v();
-  skip(own.begin - 1, blocks.begin);
+  if constexpr (!kAhead) skip(own.begin - 1, blocks.begin);
 }
 
 }  // namespace hopper_attention

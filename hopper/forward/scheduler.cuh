@@ -74,6 +74,13 @@ struct TileSink {
     return tile(barriers).head_kv >= 0;
   }
 
+  // Whether there is a tile after the current one, which stays the current one.
+  CUTE_DEVICE bool has_next(typename Traits::Barriers& barriers) const {
+    TileSink following = *this;
+    following.slot.advance();
+    return following.next(barriers);
+  }
+
   // The current tile, from shared memory each time: registers are what is short.
   CUTE_DEVICE TileMessage tile(typename Traits::Barriers& barriers) const {
     TileMessage message;

@@ -31,6 +31,7 @@ struct ForwardTraits {
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
   static constexpr int kConsumers = kConfig.num_consumers;
+  static constexpr int kQBuffers = q_stages(kConfig) * kConsumers;  // see q_index
   static constexpr int kCluster = kConfig.cluster;
   static constexpr bool kPacked = is_packed(kConfig);
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
@@ -77,10 +78,10 @@ struct ForwardTraits {
   static constexpr int kVElements = kTileN * kHeadDimV;
 
   struct Barriers {
-    FullBarrier q_full[kConsumers];
+    FullBarrier q_full[kQBuffers];
     FullBarrier k_full[kStages];
     FullBarrier v_full[kStages];
-    EmptyBarrier q_empty[kConsumers];
+    EmptyBarrier q_empty[kQBuffers];
     EmptyBarrier k_empty[kStages];
     EmptyBarrier v_empty[kStages];
     FullBarrier
@@ -97,7 +98,7 @@ struct ForwardTraits {
   struct alignas(kSharedAlignment) SharedStorage {
     Element k[kStages][kKElements];
     Element v[kStages][kVElements];
-    Element q[kConsumers][kQElements];
+    Element q[kQBuffers][kQElements];
     Element o_tail[kOOnV ? 8 : kConsumers * kOElements];
     Barriers barriers;
 

@@ -53,8 +53,10 @@ constexpr int row_sum_bytes(const ForwardConfig& config) {
   return keeps_row_sums(config) ? config.tile_m() * 4 : 0;
 }
 
+// Buffers of Q: the next tile's first product begins before this tile's Q is free.
+constexpr int q_stages(const ForwardConfig& config) { return config.ahead_first ? 2 : 1; }
 constexpr int q_bytes(const ForwardConfig& config) {
-  return config.tile_m() * config.key.head_dim * element_bytes(config.key.dtype);
+  return q_stages(config) * config.tile_m() * config.key.head_dim * element_bytes(config.key.dtype);
 }
 constexpr int o_bytes(const ForwardConfig& config) {
   return config.tile_m() * config.key.head_dim_v * kOutputBytes;
@@ -78,7 +80,7 @@ constexpr bool is_packed(const ForwardConfig& config) {
   return config.key.mask == MaskKind::kPacked;
 }
 
-// One full and one empty barrier for each stage of K and V, each consumer's Q and each tile slot,
+// One full and one empty barrier for each stage of K and V, each buffer of Q and each tile slot,
 // and for each block to transpose, one for each stage of V whose last rows are cleared and for each
 // consumer's O, and in a cluster for each stage that the other block waits for; 8 bytes each, and
 // 16 bytes a tile slot for the tile, in packed batches 32.
@@ -87,8 +89,9 @@ constexpr int barrier_bytes(const ForwardConfig& config) {
   const int tail_stages = is_packed(config) ? config.stages + config.stages % 2 : 0;  // 16 bytes
   const int outputs =
       is_fp8(config.key.dtype) ? 0 : config.num_consumers + config.num_consumers % 2;  // likewise
-  const int barriers = 2 * (2 * config.stages + config.num_consumers + kTileSlots + raw_stages) +
-                       tail_stages + outputs + (is_clustered(config) ? 2 * config.stages : 0);
+  const int queries = q_stages(config) * config.num_consumers;
+  const int barriers = 2 * (2 * config.stages + queries + kTileSlots + raw_stages) + tail_stages +
+                       outputs + (is_clustered(config) ? 2 * config.stages : 0);
   const int message = kTileMessageBytes + (is_packed(config) ? kTileSequenceBytes : 0);
   return barriers * 8 + kTileSlots * message;
 }
@@ -156,10 +159,16 @@ constexpr const char* config_error(const ForwardConfig& config) {
       config.v_parts != 1 || !config.overlap_products || config.exp2_by_fma != 0;
   if (!fp8 && fp8_choice) return "a choice of e4m3 alone";
   const bool bits16_choice = config.late_rescale || config.mask_by_bits || config.alpha_first ||
-                             config.free_first || config.narrow_first;
+                             config.free_first || config.narrow_first || config.ahead_first;
   if (fp8 && bits16_choice) return "a choice of 16 bits alone";
   if (config.narrow_first && (full || config.tile_n <= kNarrowKeys))
     return "narrow_first: with a mask, and tile_n above 64";
+  if (config.ahead_first && (full || is_packed(config) || config.narrow_first))
+    return "ahead_first: dense, with a mask, all keys of the first block";
+  if (config.ahead_first && consumers_differ(config))
+    return "ahead_first: as many keys a block as rows, so that no consumer skips blocks";
+  if (config.ahead_first && config.ping_pong && !config.free_first)
+    return "ahead_first: the first product takes no turn (free_first)";
   if (config.exp2_by_fma < 0 || config.exp2_by_fma > config.tile_n / 4)
     return "exp2_by_fma: 0 to the exponentials of a row in a thread";
   if (config.ping_pong && config.exp_turns) return "one kind of turns";

@@ -38,6 +38,9 @@ struct ForwardConfig {
   bool free_first = false;    // with turns: a tile's first product of a consumer waits for none
   // S of a tile's first block (its last) has kNarrowKeys keys where a consumer sees no more of it.
   bool narrow_first = false;
+  // Issue a tile's first Q K^T under the last tile's epilogue: with Q in two buffers, and the next
+  // tile drawn a block of V earlier. It takes no turn.
+  bool ahead_first = false;
   int cluster = 1;  // blocks, of neighbouring query tiles of a head, that share loads of K and V
 
   constexpr int tile_m() const { return num_consumers * kConsumerRows; }
@@ -136,7 +139,7 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
   //  turns at the exponentials, exponentials per polynomial, late rescale, mask by bits,
-  //  alpha first, first block without a turn, narrow first block}
+  //  alpha first, first block without a turn, narrow first block, first product ahead}
   switch (key.head_dim) {
     case 64:
       if (key.mask == MaskKind::kShort) {
@@ -167,7 +170,8 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
                        "at the power limit", true, 1, false, 0, true})
         : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
                         "square tiles waste least on the diagonal; a turn at a tile's first block "
-                        "costs 1 to 3%", true, 1, false, 0, false, true, false, !packed};
+                        "costs 1 to 3%, its product after the last tile's epilogue 1 to 2%", true,
+                        1, false, 0, false, true, false, !packed, false, !packed};
     case 192:
       if (key.head_dim_v == 128) {
         return full

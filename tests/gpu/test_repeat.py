@@ -43,6 +43,22 @@ def test_a_margin_of_multiprocessors_does_not_change_the_bits(margin):
         assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"causal": True}, {"window_size": (100, 0)}, {"causal": True, "softcap": 5.0}],
+    ids=name,
+)
+@HEAD_DIM
+def test_tiles_of_no_one_and_several_blocks_of_keys_after_each_other(head_dim, options):
+    """By one block of the grid, which may begin a tile before it has ended the last one."""
+    for seqlen_k in (0, 63, 128, 129, 500):
+        sizes = {"batch": 2, "seqlen_q": 700, "seqlen_k": seqlen_k, "heads": 3}
+        inputs = Problem(**sizes, head_dim=head_dim).inputs()
+        expected, _ = attention(*inputs, **options)
+        out, _ = check(*inputs, sm_margin=1000, **options)
+        assert torch.equal(out, expected)
+
+
 def test_two_streams_at_once():
     problems = [
         (Problem(batch=2, seqlen_q=2048, seqlen_k=2048, heads=16), {"causal": True}),

@@ -78,7 +78,7 @@ int tensor_bytes(const ForwardConfig& config) {
   const int bytes = element_bytes(config.key.dtype);
   int total = 0;
   for (int row = 0; row < config.num_consumers * 64; ++row) {
-    total += config.key.head_dim * bytes;
+    total += config.key.head_dim * bytes * (config.ahead_first ? 2 : 1);
     if (!o_overlays(config)) total += config.key.head_dim_v * 2;
   }
   const bool ones = config.key.dtype == Dtype::kE4M3;
@@ -157,8 +157,41 @@ void narrow_first_blocks_are_refused_where_they_have_no_use() {
     check::context = row.name;
     ForwardConfig config = make_forward_config(row.key);
     config.narrow_first = true;
+    config.ahead_first = false;  // of which one can be had
     const bool masked = !is_fp8(row.key.dtype) && row.key.mask != MaskKind::kFull;
     CHECK((config_error(config) == nullptr) == (masked && config.tile_n > 64));
+  }
+}
+
+// A second buffer of Q, with a full and an empty barrier a consumer; and nothing that the kernel's
+// path for it does not know: skipped blocks, narrow ones, turns at the first block.
+void first_products_go_ahead_where_the_kernel_can_do_it() {
+  for (const InstanceRow& row : kInstanceRows) {
+    check::context = row.name;
+    ForwardConfig config = make_forward_config(row.key);
+    config.ahead_first = false;
+    const int q = q_bytes(config), barriers = barrier_bytes(config);
+    config.ahead_first = true;
+    CHECK(q_bytes(config) == 2 * q);
+    CHECK(barrier_bytes(config) == barriers + 16 * config.num_consumers);
+    const bool d128 = row.key.head_dim == 128 && row.key.mask == MaskKind::kMasked;
+    const bool may = d128 && !is_fp8(row.key.dtype);
+    CHECK((config_error(config) == nullptr) == may);
+    if (!may) continue;
+    CHECK(make_forward_config(row.key).ahead_first);
+    for (int tile_n : {96, 112, 128, 144}) {
+      ForwardConfig other = config;
+      other.tile_n = tile_n;
+      CHECK((config_error(other) == nullptr) == (tile_n >= 128));
+    }
+    for (bool turns : {false, true}) {
+      ForwardConfig other = config;
+      other.ping_pong = turns;
+      other.free_first = false;
+      CHECK((config_error(other) == nullptr) == !turns);
+    }
+    config.narrow_first = true;
+    CHECK(config_error(config) != nullptr);
   }
 }
 
@@ -197,6 +230,7 @@ int main() {
   barriers_are_counted_one_by_one();
   clusters_are_refused_where_nothing_is_shared();
   narrow_first_blocks_are_refused_where_they_have_no_use();
+  first_products_go_ahead_where_the_kernel_can_do_it();
   a_request_runs_in_the_smallest_head_dims_that_hold_it();
   return check::result();
 }

@@ -44,7 +44,8 @@ def test_rows_are_those_of_instances_def(rules):
         assert row.mask in ("full", "masked", "packed", "short")
         if row.mask == "packed":  # which is tuned by way of the other
             alike = rules.instances[row.name.replace("packed", "masked")].chosen
-            own = {name: alike[name] for name in ("schedule", "ping_pong", "free_first")}
+            fields = ("schedule", "ping_pong", "free_first", "ahead_first")
+            own = {name: alike[name] for name in fields}
             assert row.chosen | own == alike
         assert f"d{row.head_dim}" in row.name
         (cost,) = rules.costs(row, [row.chosen])
@@ -56,7 +57,8 @@ def test_rows_are_those_of_instances_def(rules):
 def test_answers_are_budget_h(rules):
     """Counted by hand for bf16 d128: 64 rows a consumer, 2 bytes an element."""
     row = rules.instances["bf16_d128_masked"]
-    config = row.chosen | {"tile_n": 96, "stages": 3, "num_consumers": 2}
+    tile = {"tile_n": 96, "stages": 3, "num_consumers": 2}
+    config = row.chosen | tile | {"ahead_first": False}
     (cost,) = rules.costs(row, [config])
     barriers = 2 * (2 * 3 + 2 + 2) * 8 + 2 * 4
     tensors = 3 * 2 * 96 * 128 * 2 + 2 * 64 * 128 * 2 * 2  # K and V, then Q and O
@@ -72,7 +74,8 @@ def test_answers_are_budget_h(rules):
         ({"num_consumers": 5}, "consumers"),
         ({"stages": 1}, "stages"),
         ({"stages": 4}, "shared memory"),
-        ({"num_consumers": 3, "tile_n": 144}, "registers"),
+        ({"num_consumers": 3, "tile_n": 144, "ahead_first": False}, "registers"),
+        ({"tile_n": 112}, "ahead_first"),
     ],
 )
 def test_budget_h_refuses(rules, changes, error):
