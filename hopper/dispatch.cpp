@@ -57,13 +57,15 @@ Status missing_instance(const ForwardKey& key) {
 }
 
 PackedParams packed_params(const hopper_attention_forward_args& args, const ForwardPlan& plan) {
+  const PackedStart start = make_packed_start(plan.packed_order, plan.grid, args.batch);
   auto* const header = static_cast<PackedHeader*>(args.workspace);
   return {{args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.batch,
            args.seqlen_q, args.seqlen_k},
           plan.packed_order,
+          start,
           header,
           reinterpret_cast<TileEntry*>(header + 1),
-          plan.num_tiles / args.heads,
+          plan.num_tiles / args.heads + start.entries,
           args.out,
           args.out_stride_seq,
           args.out_stride_head};

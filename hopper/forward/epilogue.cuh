@@ -12,6 +12,53 @@ CUTE_DEVICE float read_sink(ForwardParams const& params, int head) {
   return params.sink == nullptr ? -INFINITY : __ldg(params.sink + head);
 }
 
+// Where chunk `chunk` (16 bytes) of a row of O lies within a slab of LayoutO: in bytes.
+template <class Traits>
+CUTE_HOST_DEVICE constexpr unsigned staged_offset(unsigned row, unsigned chunk) {
+  constexpr unsigned kRowBytes = Traits::kSlabV * sizeof(typename Traits::Element);
+  const unsigned offset = row * kRowBytes + chunk * 16;
+  return offset ^ (offset >> 3 & (kRowBytes - 16));  // TMA's swizzle
+}
+
+template <class Traits>
+constexpr bool staged_offset_is_right() {
+  constexpr unsigned kBytes = sizeof(typename Traits::Element), kSlab = Traits::kSlabV;
+  constexpr typename Traits::LayoutO kLayout{};  // its swizzle is of addresses, in bytes
+  for (unsigned row = 0; row < kConsumerRows; ++row) {
+    for (unsigned column = 0; column < Traits::kHeadDimV; column += 16 / kBytes) {
+      const unsigned place = cute::get_swizzle_portion(kLayout)(
+          cute::get_nonswizzle_portion(kLayout)(row, column) * kBytes);
+      const unsigned slab = column / kSlab * kConsumerRows * kSlab * kBytes;
+      const unsigned chunk = column % kSlab * kBytes / 16;
+      if (slab + staged_offset<Traits>(row, chunk) != place) return false;
+    }
+  }
+  return true;
+}
+
+// As a copy of CuTe's by stmatrix to LayoutO, with 32-bit addresses that are made of one: it would
+// compute 64-bit ones, and each of them anew where thread is not kept through the loop.
+template <class Traits, class Fragment>
+CUTE_DEVICE void write_fragment(typename Traits::SharedStorage& shared, Fragment const& rO16,
+                                int consumer, unsigned thread) {
+  static_assert(staged_offset_is_right<Traits>());
+  constexpr unsigned kSlab = Traits::kSlabV, kBytes = sizeof(typename Traits::Element);
+  const unsigned at = cute::cast_smem_ptr_to_uint(shared.o(consumer)) +
+                      staged_offset<Traits>(thread / 32 * 16 + thread % 16, thread % 32 / 16);
+  const auto* pairs = reinterpret_cast<const std::uint32_t*>(rO16.data());
+  CUTE_UNROLL
+  for (unsigned column = 0; column < Traits::kHeadDimV; column += 16) {
+    const unsigned slab = column / kSlab * kConsumerRows * kSlab * kBytes;
+    const auto* four = pairs + column / 4;
+    // Within a slab the swizzle is an exclusive or, as the next columns' address is.
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "r"((at ^ (column % kSlab * kBytes)) + slab), "r"(four[0]), "r"(four[1]),
+                   "r"(four[2]), "r"(four[3])
+                 : "memory");
+  }
+}
+
 // Brings O into this consumer's buffer in shared memory, rounded once.
 template <class Traits, class Output>
 CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output const& rO,
@@ -31,11 +78,15 @@ CUTE_DEVICE void stage_output(typename Traits::SharedStorage& shared, Output con
     if (thread == 0) tma_store_wait<0>();  // the last tile's O has left the buffer
     sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
   }
-  Tensor sO = make_tensor(make_smem_ptr(shared.o(consumer)), typename Traits::LayoutO{});
-  auto copy_o =
-      make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
-  auto thread_copy = copy_o.get_thread_slice(thread);
-  copy(copy_o, thread_copy.retile_S(rO16), thread_copy.partition_D(sO));
+  if constexpr (Traits::kPacked) {
+    write_fragment<Traits>(shared, rO16, consumer, thread);
+  } else {
+    Tensor sO = make_tensor(make_smem_ptr(shared.o(consumer)), typename Traits::LayoutO{});
+    auto copy_o =
+        make_tiled_copy_C(Copy_Atom<SM90_U32x4_STSM_N, Element>{}, typename Traits::MmaPV{});
+    auto thread_copy = copy_o.get_thread_slice(thread);
+    copy(copy_o, thread_copy.retile_S(rO16), thread_copy.partition_D(sO));
+  }
   tma_store_fence();  // what TMA reads was written by ordinary stores
   sync_named(NamedBarrier::kEpilogue, consumer, kWarpgroupThreads);
 }

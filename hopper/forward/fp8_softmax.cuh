@@ -183,14 +183,6 @@ CUTE_DEVICE bool scales_each_key(ForwardParams const& params) {
 // A product of tiny scales must not vanish: 0 times a masked score's -inf would be NaN.
 CUTE_DEVICE float positive(float scale) { return fmaxf(scale, 1.17549435e-38f); }
 
-// threadIdx.x, read anew each time: what is made of it in a seldom taken path is not kept in
-// registers or local memory through the loop.
-CUTE_DEVICE int fresh_thread() {
-  int thread;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread;
-}
-
 // The factors of one key block, shared out over the lanes of a warp: lane l has those of keys l,
 // 32 + l and so on, and a shuffle brings them where they are used. That is four loads a thread, all
 // under way at once, where each thread loading what it needs would take 32 and their addresses.

@@ -102,17 +102,20 @@ CUTE_DEVICE void consume_tile(ForwardParams const& params, typename Traits::Shar
     Tensor rO = partition_fragment_C(typename Traits::MmaPV{},
                                      Shape<typename Traits::M, typename Traits::Dv>{});
     attend<Traits>(params, shared, sink, mask, blocks, first_row, consumer, thread, k_ring, v_ring,
-                   q_ring, softmax, rO, first_scores, issue_next);
+                   q_ring, softmax, rO, first_scores, [&] {
+                     if constexpr (Traits::kPacked) {
+                       finish_packed_rows(params, shared, sink, first_row, softmax, lse);
+                     }
+                     issue_next();
+                   });
     if constexpr (Traits::kPacked) {
       asm volatile("" : "+r"(thread));  // else addresses made of it would last through the products
-      clear_unused_rows(softmax, rO, sink.sequence(shared.barriers).seqlen_q, first_row, thread);
-    }
-    const WorkTile tile = sink.tile(shared.barriers).tile;
-    softmax.finish(rO, read_sink(params, tile.head), lse);
-    stage_output<Traits>(shared, rO, consumer, thread);
-    if constexpr (Traits::kPacked) {
-      store_packed(params, shared, sink, lse, tile.head, first_row, consumer, thread);
+      store_packed(params, shared, sink, softmax, rO, lse, first_row, consumer, thread);
     } else {
+      const WorkTile tile = sink.tile(shared.barriers).tile;
+      softmax.finish_rows(read_sink(params, tile.head), lse);
+      softmax.rescale(rO);
+      stage_output<Traits>(shared, rO, consumer, thread);
       if (thread == 0) {
         send_output<Traits>(params, shared, first_row, tile.head, tile.batch, consumer);
       }
@@ -216,6 +219,9 @@ __global__ void __launch_bounds__(TraitsOf<Instance>::kThreads, 1)
   }
   if constexpr (Traits::kFp8) {
     if constexpr (Traits::kOnes) write_ones<Traits>(shared);
+  }
+  if constexpr (Traits::kPacked) {
+    if (threadIdx.x == 32) find_start<Traits>(params, shared.barriers);
   }
   sync_start<Traits>();
   const int warpgroup = cutlass::canonical_warp_group_idx();

@@ -26,9 +26,9 @@ __device__ int sum_up_to_lane(int value) {
   return value;
 }
 
-// Calls place(slot, entry) for each tile of the batch, from all threads. 32 sequences, whose
-// lengths a warp's lanes read at once, are one warp's, or several warps' while there are enough;
-// the lanes then take a tile each, of whichever sequence.
+// Calls place(slot, entry) for each tile of the batch but the start's, from all threads. 32
+// sequences, whose lengths a warp's lanes read at once, are one warp's, or several warps' while
+// there are enough; the lanes then take a tile each, of whichever sequence.
 template <class Place>
 __device__ void for_tiles(const Job& job, const Place& place) {
   const int sequences = job.packed.lengths.batch + 1;
@@ -41,6 +41,7 @@ __device__ void for_tiles(const Job& job, const Place& place) {
     const int tiles = lane < count ? (mine.rows + job.tile_m - 1) / job.tile_m : 0;
     const int tiles_end = sum_up_to_lane(tiles);
     const int total = __shfl_sync(kAll, tiles_end, 31);
+    const int batch = job.packed.lengths.batch;
     for (int begin = warp % team * 32; begin < total; begin += team * 32) {
       const int tile = begin + lane;
       int owner = 0;  // the lane with its sequence: as many end before it
@@ -48,16 +49,18 @@ __device__ void for_tiles(const Job& job, const Place& place) {
         if (__shfl_sync(kAll, tiles_end, owner + step - 1) <= tile) owner += step;
       }
       const int m_block = tile - __shfl_sync(kAll, tiles_end - tiles, owner);
+      const int behind = __shfl_sync(kAll, tiles_end, owner) - 1 - tile;  // of its sequence
       const TileSequence sequence{
           __shfl_sync(kAll, mine.q_begin, owner), __shfl_sync(kAll, mine.rows, owner),
           __shfl_sync(kAll, mine.seqlen_q, owner), __shfl_sync(kAll, mine.seqlen_k, owner)};
       const int k_begin = __shfl_sync(kAll, mine.k_begin, owner);
-      if (tile >= total) continue;
+      const int group = job.packed.order.group_of(k_begin);
+      if (tile >= total || job.packed.start.holds(first + owner, behind, group, batch)) continue;
       const Mask mask = sequence_mask(job.mask, sequence.seqlen_q, sequence.seqlen_k);
       const BlockRange blocks = tile_key_blocks(mask, m_block, job.tile_m, job.tile_n);
       const int bucket = cost_bucket(blocks.end - blocks.begin);
       // Costly tiles first.
-      place(job.packed.order.group_of(k_begin) * kCostBuckets + kCostBuckets - 1 - bucket,
+      place(group * kCostBuckets + kCostBuckets - 1 - bucket,
             TileEntry{m_block, first + owner, k_begin, 0, sequence});
     }
   }
@@ -86,9 +89,14 @@ __device__ void add_up(int* count, int size) {
 
 __global__ void __launch_bounds__(kThreads, 1) list_tiles(const __grid_constant__ Job job) {
   __shared__ int place_of[kSlots + 1];  // and, behind the slots, the number of tiles
-  // The forward kernel may start to set itself up; it waits for this one's end before it reads.
+  // The forward kernel may begin; it waits for this one's end before it reads.
   asm volatile("griddepcontrol.launch_dependents;");
   const PackedParams& packed = job.packed;
+  const int start = packed.start.entries;
+  if (threadIdx.x < start) {
+    packed.entries[threadIdx.x] =
+        start_entry(packed.lengths, packed.order, job.tile_m, threadIdx.x);
+  }
   const int slots = packed.order.num_groups * kCostBuckets;
   for (int i = threadIdx.x; i <= slots; i += kThreads) place_of[i] = 0;
   __syncthreads();
@@ -106,12 +114,12 @@ __global__ void __launch_bounds__(kThreads, 1) list_tiles(const __grid_constant_
   __syncthreads();
   if (threadIdx.x < packed.order.num_groups) {
     const int end = place_of[(threadIdx.x + 1) * kCostBuckets];
-    packed.header->group_end[threadIdx.x] = min(end, packed.max_entries);
+    packed.header->group_end[threadIdx.x] = min(start + end, packed.max_entries);
   }
   if (threadIdx.x == 0) packed.header->next_tile = 0;
   // Lengths that are no sums of lengths may give more tiles than there is room for.
   const auto put = [&](int place, const TileEntry& entry) {
-    if (place < packed.max_entries) packed.entries[place] = entry;
+    if (start + place < packed.max_entries) packed.entries[start + place] = entry;
   };
   if (is_long) {
     __syncthreads();  // the groups' ends are read

@@ -135,18 +135,17 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   };
 
   Source source;
-  source.start(params);
-  int work_idx = blockIdx.x / cluster_blocks<Traits>(params);
+  int work_idx = source.start(params);
   constexpr bool kAhead = Traits::kConfig.ahead_first;
   DrawnTile next;  // with ahead_first, told already
   auto publish_next = [&] {
     if (!source.has(params, work_idx)) return;
-    next = source.find(params, work_idx);
+    next = source.find(params, barriers, work_idx);
     source.publish(barriers, next);
   };
   if constexpr (kAhead) publish_next();
   while (source.has(params, work_idx)) {
-    const DrawnTile drawn = kAhead ? next : source.find(params, work_idx);
+    const DrawnTile drawn = kAhead ? next : source.find(params, barriers, work_idx);
     if constexpr (!kAhead) source.publish(barriers, drawn);
     const int head = drawn.message.head_kv;
     const int batch = Traits::kPacked ? 0 : drawn.message.tile.batch;

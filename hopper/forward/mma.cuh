@@ -47,11 +47,7 @@ CUTE_DEVICE void convert_probabilities(Scores const& s, Probabilities& p) {
 // Of a tile's blocks, those that rows first_row and on of one consumer see.
 template <class Traits>
 CUTE_DEVICE BlockRange own_blocks(Mask const& mask, BlockRange blocks, int first_row) {
-  if constexpr (!consumers_differ(Traits::kConfig)) {
-    // Of short sequences the second consumer often has no row.
-    if (Traits::kPacked && first_row >= mask.seqlen_q) return {blocks.begin, blocks.begin};
-    return blocks;
-  }
+  if constexpr (!consumers_differ(Traits::kConfig)) return blocks;
   BlockRange own = blocks;
   if constexpr (Traits::kMasked) {
     const int row_end = min(first_row + kConsumerRows, mask.seqlen_q);
@@ -68,15 +64,16 @@ CUTE_DEVICE auto make_scores() {
 }
 
 // O of one consumer's rows of one tile, not yet divided by the row sums, and their statistics.
-// thread: 0 to 127 within the consumer. rings: this consumer's place in the stages. With
-// ahead_first the tensor cores are at the first block's scores already, and issue_next() has them
-// begin those of the next tile's, in the same registers.
-template <class Traits, class Output, class FirstScores, class IssueNext>
+// thread: 0 to 127 within the consumer. rings: this consumer's place in the stages. meanwhile() is
+// called when the softmax is complete, under the last P V where there is one. With ahead_first the
+// tensor cores are at the first block's scores already, and meanwhile() has them begin those of the
+// next tile's, in the same registers.
+template <class Traits, class Output, class FirstScores, class Meanwhile>
 CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStorage& shared,
                         TileSink<Traits> const& sink, Mask const& mask, BlockRange blocks,
                         int first_row, int consumer, int thread, Ring<Traits::kStages>& k_ring,
                         Ring<Traits::kStages>& v_ring, QRing<Traits> q_ring, Softmax& softmax,
-                        Output& rO, FirstScores& first_scores, IssueNext const& issue_next) {
+                        Output& rO, FirstScores& first_scores, Meanwhile const& meanwhile) {
   using namespace cute;
   using Element = typename Traits::Element;
   auto& barriers = shared.barriers;
@@ -209,9 +206,20 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   if constexpr (!kAhead) barriers.q_full[q_buffer].wait(q_ring.phase);
   clear(rO);
   if constexpr (!kAhead) {
+    if constexpr (Traits::kPacked && !consumers_differ(Traits::kConfig)) {
+      // Of short sequences the second consumer often has no row. Here rather than in own_blocks,
+      // whose range would then be one more to hold.
+      if (first_row >= mask.seqlen_q) {
+        skip(blocks.end - 1, blocks.begin);
+        release_q();
+        meanwhile();
+        return;
+      }
+    }
     skip(blocks.end - 1, own.end);  // all of them where own is empty: it ends where blocks begins
     if (own.empty()) {
       release_q();
+      meanwhile();
       return;
     }
     wait_k();
@@ -269,7 +277,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   release_q();
   if constexpr (Traits::kConfig.late_rescale) rescale();
   add_values();
-  issue_next();
+  meanwhile();
   warpgroup_wait<kAhead ? 1 : 0>();
   warpgroup_fence_operand(rO);
   release_v();

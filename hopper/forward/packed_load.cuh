@@ -8,29 +8,52 @@
 
 namespace hopper_attention {
 
-// Draws from the list that launch_list_tiles made, in place of TileOrder's arithmetic.
+// Where a block's first tile waits until the producer takes it: a slot that comes into use with the
+// second.
+inline constexpr int kStartSlot = kTileSlots - 1;
+
+// The tile that this block begins with, found without the list; one without rows where there is
+// none.
+template <class Traits>
+CUTE_DEVICE void find_start(ForwardParams const& params, typename Traits::Barriers& barriers) {
+  const PackedParams& packed = params.packed;
+  const int idx = blockIdx.x / packed.start.heads, head = blockIdx.x % packed.start.heads;
+  TileEntry entry{};
+  if (idx < packed.start.entries) {
+    entry = start_entry(packed.lengths, packed.order, Traits::kConfig.tile_m(), idx);
+  }
+  barriers.tiles[kStartSlot] = {{entry.m_block, head, entry.k_begin}, head / params.heads_per_kv};
+  barriers.sequences[kStartSlot] = entry.sequence;
+}
+
+// Draws from the list that launch_list_tiles makes meanwhile, in place of TileOrder's arithmetic.
 template <class Traits>
 struct PackedTileSource : TileSource<Traits> {
   int group = 0;  // of sequences: the one with the tile that was drawn last
   int group_begin = 0;
-  int group_end;  // read anew for each tile: registers are short
+  int group_end;  // read anew with each draw: registers are short
 
-  CUTE_DEVICE void start(ForwardParams const&) const {
-    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the list is written
-  }
+  CUTE_DEVICE int start(ForwardParams const&) const { return -1; }  // the tile of find_start
 
   // work_idx: not below the last one.
   CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) {
+    if (work_idx < 0) return true;
     const PackedOrder& order = params.packed.order;
     const int* ends = params.packed.header->group_end;
-    while (work_idx >= (group_end = __ldcg(ends + group)) * order.heads) {
+    while (work_idx >= group_end * order.heads) {
       if (++group == order.num_groups) return false;
       group_begin = group_end;
+      group_end = __ldcg(ends + group);
     }
     return true;
   }
 
-  CUTE_DEVICE DrawnTile find(ForwardParams const& params, int work_idx) const {
+  CUTE_DEVICE DrawnTile find(ForwardParams const& params, typename Traits::Barriers const& barriers,
+                             int work_idx) const {
+    if (work_idx < 0) {
+      const TileMessage& message = barriers.tiles[kStartSlot];
+      return {message, barriers.sequences[kStartSlot], message.tile.batch};
+    }
     const PackedOrder& order = params.packed.order;
     const PackedOrder::Work work =
         order(work_idx - group_begin * order.heads, group_end - group_begin);
@@ -46,8 +69,10 @@ struct PackedTileSource : TileSource<Traits> {
     return sequence_mask(params.mask, tile.sequence.seqlen_q, tile.sequence.seqlen_k);
   }
 
-  CUTE_DEVICE int draw(ForwardParams const& params, int) const {
-    return gridDim.x + atomicAdd(&params.packed.header->next_tile, 1u);
+  CUTE_DEVICE int draw(ForwardParams const& params, int) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");            // until the list is written
+    group_end = __ldcg(params.packed.header->group_end + group);  // comes while the counter does
+    return params.packed.start.tiles() + atomicAdd(&params.packed.header->next_tile, 1u);
   }
 
   CUTE_DEVICE void finish(ForwardParams const&) const {}  // the next list begins a new count

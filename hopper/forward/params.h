@@ -16,10 +16,11 @@ namespace hopper_attention {
 struct PackedParams {
   PackedLengths lengths;
   PackedOrder order;
+  PackedStart start;
   PackedHeader* header;
   TileEntry* entries;
-  int max_entries;
-  void* out;  // what TMA stores to, for rows that it cannot store
+  int max_entries;  // the first ones included
+  void* out;        // what TMA stores to, for rows that it cannot store
   std::int64_t out_stride_row;
   std::int64_t out_stride_head;
 };

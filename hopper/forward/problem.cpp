@@ -256,7 +256,8 @@ static Status plan_tiles(const hopper_attention_forward_args& args, int num_sms,
   const std::int64_t m_blocks = (static_cast<std::int64_t>(args.seqlen_q) + tile_m - 1) / tile_m;
   const std::int64_t blocks =
       args.packed ? max_entries(args.seqlen_q, args.batch, tile_m) : m_blocks * args.batch;
-  const double tiles = static_cast<double>(blocks) * args.heads;
+  const int more = args.packed ? kMaxStartEntries : 0;
+  const double tiles = static_cast<double>(blocks + more) * args.heads;
   if (tiles >= static_cast<double>(INT_MAX) - (1 << 20)) {
     return Status::invalid("batch x heads x seqlen_q is too large: more than 2^31 tiles of " +
                            std::to_string(tile_m) + " rows");

@@ -24,11 +24,14 @@ template <class Traits>
 struct TileSource {
   Ring<kTileSlots> slot;
 
-  CUTE_DEVICE void start(ForwardParams const&) const {}
+  CUTE_DEVICE int start(ForwardParams const& params) const {
+    return blockIdx.x / cluster_blocks<Traits>(params);
+  }
   CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) const {
     return work_idx < params.order.num_tiles();
   }
-  CUTE_DEVICE DrawnTile find(ForwardParams const& params, int work_idx) const {
+  CUTE_DEVICE DrawnTile find(ForwardParams const& params, typename Traits::Barriers const&,
+                             int work_idx) const {
     const WorkTile tile =
         cluster_tile(params.order, work_idx, cluster_blocks<Traits>(params), blockIdx.x);
     return {{tile, tile.head / params.heads_per_kv}, {}, 0};

@@ -24,6 +24,14 @@ CUTE_DEVICE float quad_reduce(float value, Op op) {
   return op(value, __shfl_xor_sync(0xffffffff, value, 1));
 }
 
+// threadIdx.x, read anew each time: what is made of it in a seldom taken path is not kept in
+// registers or local memory through the loop.
+CUTE_DEVICE int fresh_thread() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // Ends a row whose P, exp2(exponent - shift), sum to total: adds the head's sink to the sum, a
 // logit without a value (-inf: none), and returns what O is to be multiplied by. A sink above the
 // maximum takes its place as the reference, so that no power overflows. A row without keys gets 0,
@@ -109,15 +117,14 @@ struct Softmax {
     for (int i = 0; i < decltype(cute::size(o))::value; ++i) o(i) *= alpha[fragment_row(i)];
   }
 
-  // Divides O by the row sums, the head's sink included, and returns each row's log-sum-exp.
-  template <class Output>
-  CUTE_DEVICE void finish(Output& o, float sink, float (&lse)[kRowsPerThread]) {
+  // Adds the head's sink to the row sums and returns each row's log-sum-exp; O is then owed alpha,
+  // which divides it by the sum.
+  CUTE_DEVICE void finish_rows(float sink, float (&lse)[kRowsPerThread]) {
     CUTE_UNROLL
     for (int row = 0; row < kRowsPerThread; ++row) {
       const float total = quad_reduce(sum[row], [](float a, float b) { return a + b; });
       alpha[row] = finish_row(total, reference[row] * scale_log2, sink, lse[row]);
     }
-    rescale(o);
   }
 };
 

@@ -138,7 +138,7 @@ hopper_attention_forward(const hopper_attention_forward_args* args);
 HOPPER_ATTENTION_API size_t hopper_attention_forward_workspace_bytes(void);
 
 // Bytes of workspace, aligned to 16, that a call of a packed batch needs: 32 for each 128 query
-// rows and for each sequence, and 512 at most beside them. 0 where a size is negative.
+// rows and for each sequence, and 4,608 at most beside them. 0 where a size is negative.
 HOPPER_ATTENTION_API size_t hopper_attention_packed_workspace_bytes(int32_t total_q, int32_t batch);
 
 // Writes a JSON object that names the instance, tile, grid and reason for the call that args

@@ -1,5 +1,6 @@
 // Packed batches: sequences of any lengths, one after the other, with their lengths on the device.
-// A small kernel lists their tiles ahead of the forward kernel, which takes them from that list.
+// A small kernel lists their tiles for the forward kernel, whose blocks take them from that list,
+// but for those that they begin with, while the list is made.
 #pragma once
 
 #include <cstddef>
@@ -40,11 +41,13 @@ HOPPER_ATTENTION_HD constexpr int clamp_length(int value, int low, int high) {
 HOPPER_ATTENTION_HD constexpr Sequence sequence_at(const PackedLengths& lengths, int index) {
   const int q_begin = clamp_length(lengths.cu_seqlens_q[index], 0, lengths.total_q);
   const int k_begin = clamp_length(lengths.cu_seqlens_k[index], 0, lengths.total_k);
+  const int next = index < lengths.batch ? index + 1 : index;  // so that all four come at once
+  const int q_next = lengths.cu_seqlens_q[next], k_next = lengths.cu_seqlens_k[next];
   if (index == lengths.batch) {
     return {q_begin, lengths.total_q - q_begin, 0, k_begin, 0, lengths.total_k - k_begin};
   }
-  const int q_end = clamp_length(lengths.cu_seqlens_q[index + 1], q_begin, lengths.total_q);
-  const int k_end = clamp_length(lengths.cu_seqlens_k[index + 1], k_begin, lengths.total_k);
+  const int q_end = clamp_length(q_next, q_begin, lengths.total_q);
+  const int k_end = clamp_length(k_next, k_begin, lengths.total_k);
   const int rows = q_end - q_begin, keys = k_end - k_begin;
   const int used_q = lengths.seqused_q != nullptr ? lengths.seqused_q[index] : rows;
   const int used_k = lengths.seqused_k != nullptr ? lengths.seqused_k[index] : keys;
@@ -142,9 +145,48 @@ constexpr PackedOrder make_packed_order(int total_k, int heads, int heads_per_kv
           static_cast<int>(keys), 1};
 }
 
+// The tiles that blocks of the grid begin with: the list's first `entries`, each for the first
+// `heads`. Block b takes the head b % heads of entry b / heads; blocks from tiles() on take none.
+struct PackedStart {
+  int entries;
+  int heads;  // 1 or more
+
+  HOPPER_ATTENTION_HD constexpr int tiles() const { return entries * heads; }
+
+  // Whether the tile that has `behind` tiles of its sequence behind it is one of the entries.
+  HOPPER_ATTENTION_HD constexpr bool holds(int sequence, int behind, int group, int batch) const {
+    return group == 0 && sequence < batch &&
+           sequence + static_cast<std::int64_t>(behind) * batch < entries;
+  }
+};
+inline constexpr int kMaxStartEntries = 128;
+
+constexpr PackedStart make_packed_start(const PackedOrder& order, int grid, int batch) {
+  const HeadGroups& groups = order.head_groups;
+  const int heads = groups.in_smaller > 0 ? groups.smaller : groups.size;  // the first group's
+  const int whole = grid / heads < kMaxStartEntries ? grid / heads : kMaxStartEntries;
+  return {batch > 0 ? whole : 0, heads};
+}
+
+// Entry `idx` of a list's first ones, found by itself: the last tile of sequence idx, the longest
+// under a causal mask; where the sequences are fewer, the tiles before these follow. An entry has
+// no rows where there is no such tile, or where it belongs to a later group of sequences.
+HOPPER_ATTENTION_HD constexpr TileEntry start_entry(const PackedLengths& lengths,
+                                                    const PackedOrder& order, int tile_m, int idx) {
+  const int index = idx % lengths.batch;
+  const Sequence sequence = sequence_at(lengths, index);
+  const int m_block = (sequence.rows + tile_m - 1) / tile_m - 1 - idx / lengths.batch;
+  if (m_block < 0 || order.group_of(sequence.k_begin) != 0) return {};
+  return {m_block,
+          index,
+          sequence.k_begin,
+          0,
+          {sequence.q_begin, sequence.rows, sequence.seqlen_q, sequence.seqlen_k}};
+}
+
 // The workspace: this, and the entries behind it. Nothing of it need be set before a call.
 struct alignas(16) PackedHeader {
-  std::uint32_t next_tile;            // drawn so far, beyond the grid's first ones
+  std::uint32_t next_tile;            // drawn so far, beyond those that the grid begins with
   int group_end[kMaxSequenceGroups];  // one past a group's last entry; the next group's first
 };
 
@@ -154,7 +196,7 @@ constexpr std::int64_t max_entries(int total_q, int batch, int tile_m) {
 }
 inline constexpr int kSmallestTileM = 128;
 constexpr std::size_t packed_workspace_bytes(int total_q, int batch) {
-  const std::int64_t entries = max_entries(total_q, batch, kSmallestTileM);
+  const std::int64_t entries = max_entries(total_q, batch, kSmallestTileM) + kMaxStartEntries;
   return sizeof(PackedHeader) + static_cast<std::size_t>(entries) * sizeof(TileEntry);
 }
 

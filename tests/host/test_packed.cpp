@@ -185,6 +185,51 @@ void groups_fit_in_l2() {
   CHECK(make_packed_order(100, 0, 1, 512).head_groups.size >= 1);  // dividing by it is safe
 }
 
+// The list's first entries, found one by one, and the tiles that it is told to leave out.
+void blocks_begin_with_tiles_of_the_first_group() {
+  constexpr int kTileM = 128;
+  for (int round = 0; round < 1000; ++round) {
+    const Batch batch = draw_batch(draw(0, 1) ? 700 : 200);
+    const PackedLengths lengths = batch.lengths(draw(0, 1));
+    const int heads_per_kv = draw(1, 4), heads = draw(1, 6) * heads_per_kv, grid = draw(1, 132);
+    const std::int64_t bytes_per_key = draw(0, 1) ? 512 : kL2GroupBytes / draw(1, 2000);
+    const PackedOrder order =
+        make_packed_order(lengths.total_k, heads, heads_per_kv, bytes_per_key);
+    const PackedStart start = make_packed_start(order, grid, batch.size());
+    check::context = std::to_string(start.entries) + " entries of " + std::to_string(batch.size()) +
+                     " sequences, " + std::to_string(order.num_groups) + " groups";
+    CHECK(start.entries >= 0 && start.entries <= kMaxStartEntries && start.tiles() <= grid);
+    CHECK(batch.size() > 0 || start.entries == 0);
+    std::set<std::pair<int, int>> begun;
+    for (int idx = 0; idx < start.entries; ++idx) {
+      const TileEntry entry = start_entry(lengths, order, kTileM, idx);
+      const Sequence sequence = sequence_at(lengths, entry.batch);
+      if (entry.sequence.rows == 0) {
+        CHECK(entry.m_block == 0 && entry.sequence.seqlen_q == 0 && entry.sequence.seqlen_k == 0);
+        continue;
+      }
+      CHECK(begun.insert({entry.batch, entry.m_block}).second);
+      CHECK(entry.m_block >= 0 && entry.m_block * kTileM < sequence.rows);
+      CHECK(entry.k_begin == sequence.k_begin && order.group_of(entry.k_begin) == 0);
+      CHECK(entry.sequence.q_begin == sequence.q_begin && entry.sequence.rows == sequence.rows);
+      CHECK(entry.sequence.seqlen_q == sequence.seqlen_q);
+      CHECK(entry.sequence.seqlen_k == sequence.seqlen_k);
+      // The first tile of a list is one of the group's first heads, as blocks have it.
+      const PackedOrder::Work work = order(idx * start.heads, start.entries);
+      CHECK(work.entry == idx && work.head == 0);
+    }
+    for (int i = 0; i <= batch.size(); ++i) {
+      const Sequence sequence = sequence_at(lengths, i);
+      const int tiles = (sequence.rows + kTileM - 1) / kTileM;
+      for (int m_block = 0; m_block < tiles; ++m_block) {
+        const int group = order.group_of(sequence.k_begin);
+        const bool held = start.holds(i, tiles - 1 - m_block, group, batch.size());
+        CHECK(held == (begun.count({i, m_block}) > 0));
+      }
+    }
+  }
+}
+
 void every_tile_has_room_in_the_workspace() {
   for (int round = 0; round < 1000; ++round) {
     const Batch batch = draw_batch(draw(0, 1) ? 700 : 3);
@@ -198,7 +243,7 @@ void every_tile_has_room_in_the_workspace() {
       }
       CHECK(tiles <= max_entries(lengths.total_q, batch.size(), tile_m));
       const std::size_t bytes = packed_workspace_bytes(lengths.total_q, batch.size());
-      CHECK(bytes >= sizeof(PackedHeader) + tiles * sizeof(TileEntry));
+      CHECK(bytes >= sizeof(PackedHeader) + (tiles + kMaxStartEntries) * sizeof(TileEntry));
     }
   }
   static_assert(sizeof(PackedHeader) % alignof(TileEntry) == 0, "entries lie behind the header");
@@ -214,6 +259,7 @@ int main() {
   costs_are_ordered_and_precise_to_an_eighth();
   each_entry_comes_once_for_each_head();
   groups_fit_in_l2();
+  blocks_begin_with_tiles_of_the_first_group();
   every_tile_has_room_in_the_workspace();
   return check::result();
 }
