@@ -4,8 +4,8 @@ Checking a call's arguments, the dispatcher and autograd's Python take three tim
 rest of a call but its launches. Where nobody but autograd could see the call, the compiled module
 (eager_calls.h) finds it by the arguments of the public function itself, asks PyTorch whether that
 is so, and makes it; likewise the backward pass. Everybody else's calls go the long way: those under
-modes in Python, transformations of functorch, tracers, profilers, torch.compile or an autocast rule
-for the operator, and those of subclasses of tensors.
+modes in Python, transformations of functorch, tracers, profilers, torch.compile, forward-mode
+differentiation or an autocast rule for the operator, and those of subclasses of tensors.
 
 What is not asked is whether somebody has put another kernel in the place of the operator's own for
 CUDA.
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from . import _autograd, _library
+from . import _autograd, _library, checks
 from ._calls import CallTable
 
 # (ctx, its saved tensors or None where nobody took them, dout, dlse) -> dq, dk, dv and None
@@ -36,7 +36,7 @@ def _conditions(name: str) -> tuple[Any, ...]:
         tuple(_autograd._PLAIN_TYPES),
         _autograd._included_keys,
         _autograd.PLAIN_KEYS,
-        (_autograd._has_function_mode, _profiler_enabled),
+        (_autograd._has_function_mode, _profiler_enabled, checks.may_have_tangents),
         _autograd._has_autocast,
         partial(_autograd._has_autocast_rule, name),
         torch.is_grad_enabled,

@@ -226,7 +226,7 @@ def needs_grad(
     Raises:
         NotImplementedError: one of them has a tangent, which operators would drop in silence.
     """
-    if forward_ad._current_level >= 0:
+    if may_have_tangents():
         _no_tangent(q, k, v, learnable_sink)
     return (
         q.requires_grad
@@ -234,6 +234,11 @@ def needs_grad(
         or v.requires_grad
         or (learnable_sink is not None and learnable_sink.requires_grad)
     ) and torch.is_grad_enabled()
+
+
+def may_have_tangents() -> bool:
+    """Whether forward-mode differentiation is under way."""
+    return forward_ad._current_level >= 0
 
 
 def _no_tangent(*arguments: torch.Tensor | None) -> None:
