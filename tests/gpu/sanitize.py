@@ -2,14 +2,14 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py \\
-      --only '^(?!backward|quantize|.*d64_packed)'
+      --only '^(?!backward|quantize)'
 
 racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
 and delta come) for a store of the thread that issues it, and does not see that its readers wait for
 the copy's mbarrier. Copies through a tensor map it leaves out. Nor the quantizer: it reports what a
 warp stores before one of its lanes arrives at an mbarrier for all of them, behind a __syncwarp().
-Of packed kernels it reports, at head dimension 64, what looks like the same: a warp's reads of a
-tile's message before one lane gives its slot back, and the slot's next message.
+Of packed kernels it reports, at head dimension 64, a warp's reads of a tile's message before one
+lane gives its slot back, and the slot's next message. That may be the same, but is not shown yet.
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
