@@ -14,7 +14,7 @@ import torch
 
 from . import _autograd, checks, ops, ops_backward, ops_fp8, ops_quantize
 from ._calls import CallTable, Place, moved, places_of
-from ._eager import EagerCalls, Formula
+from ._eager import EagerCalls
 from .quantize import quantize
 from .quantized import Quantized
 from .recipe import Fp8Recipe
@@ -238,10 +238,5 @@ torch.library.register_fake(
 )
 _autograd.register("attention_fp8", _differentiate, _save, _library_fragment)
 
-formula = Formula(
-    "attention_fp8",
-    ops_backward._backward.name,
-    lambda: ops_backward._DENSE.calls,
-    lambda *arguments: (*ops_backward.gradients_of(ops_backward._backward, *arguments), None),
-)
+formula = ops_backward.formula_of("attention_fp8", ops_backward._backward, ops_backward._DENSE)
 _operator: Callable[..., ops.Outputs] = torch.ops.hopper_attention.attention_fp8.default

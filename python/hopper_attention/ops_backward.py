@@ -298,13 +298,25 @@ _backward = operator_of("backward")
 _backward_sink = operator_of("backward", "sink", "plain_sink")
 backward: Callable[..., Gradients] = _backward.default
 backward_sink: Callable[..., Gradients] = _backward_sink.default
-# Those of calls that `_eager` makes.
-formula = Formula(
-    "forward",
-    _backward.name,
-    lambda: _DENSE.calls,
-    lambda *arguments: (*gradients_of(_backward, *arguments), None),
-)
+
+
+def formula_of(name: str, operator: Operator, kind: Kind) -> Formula:
+    """How calls that `_eager` makes get gradients by a backward operator without a sink.
+
+    Args:
+        name: of the forward operator.
+        operator: the backward one.
+        kind: its.
+    """
+    return Formula(
+        name,
+        operator.name,
+        lambda: kind.calls,
+        lambda *arguments: (*gradients_of(operator, *arguments), None),
+    )
+
+
+formula = formula_of("forward", _backward, _DENSE)
 # Calls of the forward operator that want a gradient and are plain; see `_autograd.register`.
 differentiable: Callable[..., ops.Outputs] = _autograd.register(
     "forward", _differentiate, _save, _library_fragment, ops.without_gradient

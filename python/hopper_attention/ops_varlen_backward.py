@@ -14,7 +14,6 @@ import torch
 
 from . import _autograd, checks, checks_varlen, ops, ops_backward, ops_varlen
 from ._backward_calls import Gradients, Kind, launch, make_calls
-from ._eager import Formula
 from ._layout import packed_view
 from .checks_varlen import Lengths
 
@@ -118,12 +117,7 @@ torch.library.register_autograd(
 _backward = ops_backward.operator_of("backward_varlen")
 backward: Callable[..., Gradients] = _backward.default
 # As ops_backward.py's.
-formula = Formula(
-    "forward_varlen",
-    _backward.name,
-    lambda: _PACKED.calls,
-    lambda *arguments: (*ops_backward.gradients_of(_backward, *arguments), None),
-)
+formula = ops_backward.formula_of("forward_varlen", _backward, _PACKED)
 differentiable: Callable[..., ops.Outputs] = _autograd.register(
     "forward_varlen", _differentiate, _save, _library_fragment, ops_varlen.without_gradient
 )

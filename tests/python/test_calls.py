@@ -211,6 +211,53 @@ def test_tables_are_bounded(memory):
     assert memory.call(q, 4096) is not None
 
 
+def test_calls_in_steps(module):
+    memory = Memory(module)
+    x = torch.zeros(4)
+    scratch = ((64,), (1,), torch.uint8)
+    first, second = (memory.prepared(memory.run, count) for count in (2, 3))
+    # places: 0 and 1 the arguments, 2 the result, 3 what is freed
+    steps = ((first, (0, (3, 16))), (second, ((3, 16), 2, (3, 48))))
+    memory._remember((x, "é" * 9), steps, (LAYOUT, scratch), 1, "a note")
+    assert memory.known(x, "é" * 9) == (steps, (LAYOUT, scratch), 1, "a note")
+    assert memory.known(x, "é" * 8) is None
+    (out,) = memory.call(x, "é" * 9)
+    begin = memory.outputs[1].data_ptr()
+    assert memory.addresses == [
+        (x.data_ptr(), begin + 16),
+        (begin + 16, out.data_ptr(), begin + 48),
+    ]
+
+
+@pytest.mark.parametrize("value", ["ab", ("ab", 1, None), (), (0.5,), (True, "abcdefghi")])
+def test_strings_and_tuples_tell_calls_apart(module, value):
+    memory = Memory(module)
+    x = torch.zeros(4)
+    memory.remember((x, value))
+    assert memory.call(x, value) is not None
+    others = [
+        "ba",
+        "ab\0",
+        "",
+        ("ab", 1),
+        ("ab", 1, 0),
+        ("ab", 1.0, None),
+        (0.25,),
+        (1, "abcdefghi"),
+    ]
+    others += [(True, "abcdefghj"), ((),), ((1,), 2), [], None, (x,)]
+    assert all(memory.call(x, other) is None for other in others)
+
+
+def test_a_tensor_that_no_step_reads_is_not_remembered(module):
+    memory = Memory(module)
+    x, y = torch.zeros(4), torch.zeros(3)
+    memory.remember((x, y))
+    assert memory.call(x, y) is None
+    memory.remember((x, y), order=(0, 1))
+    assert memory.call(x, y) is not None
+
+
 def test_an_exchange_interface_of_another_version(module):
     new = ctypes.pythonapi.PyCapsule_New
     new.argtypes, new.restype = (

@@ -7,14 +7,22 @@ import pytest
 import torch
 from call_tables import EXCHANGE
 from test_backward import random_qkv
-from test_calls import LAYOUT, Memory
-from test_plain_calls import BACKWARD, FORWARD, Dispatches, Functions, Tensors, autocast_rules
+from test_calls import Memory
+from test_plain_calls import (
+    BACKWARD,
+    FORWARD,
+    Dispatches,
+    Functions,
+    Tensors,
+    autocast_rules,
+    seen_by_tensors,
+)
 from torch.utils.checkpoint import checkpoint
 
 import hopper_attention
 from hopper_attention import _eager, interface, ops_backward
 
-__all__ = ["autocast_rules"]  # a fixture
+__all__ = ["autocast_rules", "seen_by_tensors"]  # fixtures
 
 attend = hopper_attention.flash_attn_func
 
@@ -145,23 +153,14 @@ def test_profilers_see_both_operators(long_ways):
     assert long_ways == {"forward": 3, "backward": 2}
 
 
-def test_subclasses_see_the_operator(long_ways, monkeypatch):
-    seen = []
-
-    def see(cls, function, types, arguments=(), keywords=None):
-        seen.append(function)
-        return torch.Tensor.__torch_function__.__func__(
-            cls, function, types, arguments, keywords or {}
-        )
-
-    monkeypatch.setattr(Tensors, "__torch_function__", classmethod(see), raising=False)
+def test_subclasses_see_the_operator(long_ways, seen_by_tensors):
     inputs = random_qkv()
     remembered(inputs)
     for place in range(3):
-        seen.clear()
+        seen_by_tensors.clear()
         given = [x.as_subclass(Tensors) if i == place else x for i, x in enumerate(inputs)]
         attend(*given)
-        assert FORWARD.default in seen
+        assert FORWARD.default in seen_by_tensors
         with torch.no_grad():
             attend(*given)
     out = attend(*inputs)
@@ -221,6 +220,19 @@ def test_a_users_rule_for_autocast(long_ways, autocast_rules):
     with torch.autocast("cpu", dtype=torch.float16):
         assert attend(*inputs).dtype == torch.float16
     assert autocast_rules == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("wants_gradient", [False, True])
+def test_forward_mode_is_refused(long_ways, wants_gradient):
+    inputs = random_qkv()
+    remembered(inputs)
+    q, k, v = inputs if wants_gradient else [x.detach() for x in inputs]
+    attend(q, k, v)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(q.detach(), torch.ones_like(q))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            attend(dual, k, v)
+        assert attend(q, k, v).isfinite().all()  # without a tangent
 
 
 def test_second_derivatives_are_refused(long_ways):
@@ -347,53 +359,6 @@ def test_errors_arrive(long_ways, library, monkeypatch):
         with pytest.raises(MemoryError, match="there is none"):
             torch.autograd.grad(out, inputs, torch.ones_like(out), retain_graph=True)
     assert long_ways == before
-
-
-def test_calls_in_steps(calls_module):
-    memory = Memory(calls_module)
-    x = torch.zeros(4)
-    scratch = ((64,), (1,), torch.uint8)
-    first, second = (memory.prepared(memory.run, count) for count in (2, 3))
-    # places: 0 and 1 the arguments, 2 the result, 3 what is freed
-    steps = ((first, (0, (3, 16))), (second, ((3, 16), 2, (3, 48))))
-    memory._remember((x, "é" * 9), steps, (LAYOUT, scratch), 1, "a note")
-    assert memory.known(x, "é" * 9) == (steps, (LAYOUT, scratch), 1, "a note")
-    assert memory.known(x, "é" * 8) is None
-    (out,) = memory.call(x, "é" * 9)
-    begin = memory.outputs[1].data_ptr()
-    assert memory.addresses == [
-        (x.data_ptr(), begin + 16),
-        (begin + 16, out.data_ptr(), begin + 48),
-    ]
-
-
-@pytest.mark.parametrize("value", ["ab", ("ab", 1, None), (), (0.5,), (True, "abcdefghi")])
-def test_strings_and_tuples_tell_calls_apart(calls_module, value):
-    memory = Memory(calls_module)
-    x = torch.zeros(4)
-    memory.remember((x, value))
-    assert memory.call(x, value) is not None
-    others = [
-        "ba",
-        "ab\0",
-        "",
-        ("ab", 1),
-        ("ab", 1, 0),
-        ("ab", 1.0, None),
-        (0.25,),
-        (1, "abcdefghi"),
-    ]
-    others += [(True, "abcdefghj"), ((),), ((1,), 2), [], None, (x,)]
-    assert all(memory.call(x, other) is None for other in others)
-
-
-def test_a_tensor_that_no_step_reads_is_not_remembered(calls_module):
-    memory = Memory(calls_module)
-    x, y = torch.zeros(4), torch.zeros(3)
-    memory.remember((x, y))
-    assert memory.call(x, y) is None
-    memory.remember((x, y), order=(0, 1))
-    assert memory.call(x, y) is not None
 
 
 def test_what_the_compiled_functions_refuse(calls_module):

@@ -49,6 +49,21 @@ class Tensors(torch.Tensor):
 
 
 @pytest.fixture
+def seen_by_tensors(monkeypatch):
+    """The functions that Tensors see."""
+    seen = []
+
+    def see(cls, function, types, arguments=(), keywords=None):
+        seen.append(function)
+        return torch.Tensor.__torch_function__.__func__(
+            cls, function, types, arguments, keywords or {}
+        )
+
+    monkeypatch.setattr(Tensors, "__torch_function__", classmethod(see), raising=False)
+    return seen
+
+
+@pytest.fixture
 def autocast_rules():
     """Calls that a user's autocast rule for the operator saw."""
     library = torch.library.Library("hopper_attention", "IMPL")
@@ -103,22 +118,13 @@ def test_modes_see_both_operators(gradient_library):
     assert ops.operator in mode.seen
 
 
-def test_subclasses_see_the_operator(monkeypatch):
-    seen = []
-
-    def see(cls, function, types, arguments=(), keywords=None):
-        seen.append(function)
-        return torch.Tensor.__torch_function__.__func__(
-            cls, function, types, arguments, keywords or {}
-        )
-
-    monkeypatch.setattr(Tensors, "__torch_function__", classmethod(see), raising=False)
+def test_subclasses_see_the_operator(seen_by_tensors):
     q, k, v = (x.detach().to("meta").requires_grad_() for x in random_qkv())
     q, k, v = q.as_subclass(Tensors), k, v
     assert not is_plain(q, k, v)
     assert not is_plain(k, k, k, q)
     assert attend(q, k, v).requires_grad
-    assert ops.operator in seen
+    assert ops.operator in seen_by_tensors
 
 
 def test_transformations_see_the_operator():
