@@ -48,13 +48,24 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
   __syncthreads();
 }
 
+// Waits for the n-th task's tile.
+template <class Shape>
+__device__ void wait_for_tile(typename Shape::Shared& shared, int n) {
+  const int stage = n % Shape::kStages, phase = n / Shape::kStages & 1;
+  // Where teams share a stage, a team may come here while the other one's tile is still on its way
+  // to it: both tiles of its own that come between may have overtaken that. The barrier would then
+  // be a phase behind, and look like one that is ahead. So that tile must have been read first.
+  if constexpr (Shape::kStages % Shape::kTeams != 0) shared.stage_empty[stage].wait(phase ^ 1);
+  shared.stage_full[stage].wait(phase);
+}
+
 // Measures the tile of the n-th task or writes it.
 template <class Shape>
 __device__ void take(const QuantizeParams& params, const QuantizeMaps& maps,
                      typename Shape::Shared& shared, int n) {
   const Task& task = shared.slot(n).task;
   const QuantizeTensor& tensor = params.tensors[task.which];
-  shared.stage_full[n % Shape::kStages].wait(n / Shape::kStages & 1);
+  wait_for_tile<Shape>(shared, n);
   if (!tensor.aligned) load_unaligned<Shape>(tensor, task, shared.stage(n));
   if (task.given_scale(tensor) || task.subtracts_mean(params)) {
     shared.given_full[n % Shape::kSlots].wait(n / Shape::kSlots & 1);
