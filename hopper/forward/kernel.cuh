@@ -175,13 +175,20 @@ CUTE_DEVICE void consume_tiles_ahead(ForwardParams const& params,
   };
   bool more = sink.next(barriers);
   issue_first(more);
+  auto issue_next = [&] {
+    q_ring.advance();
+    more = sink.has_next(barriers);
+    issue_first(more);
+  };
   while (more) {
-    consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
-                         q_ring, rS, [&] {
-                           q_ring.advance();
-                           more = sink.has_next(barriers);
-                           issue_first(more);
-                         });
+    if constexpr (Traits::kPacked) {
+      const Mask mask = sink.mask(params, barriers);
+      consume_tile<Traits>(params, shared, sink, mask, consumer, thread, k_ring, v_ring, q_ring, rS,
+                           issue_next);
+    } else {
+      consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
+                           q_ring, rS, issue_next);
+    }
     sink.release(barriers);
   }
   warpgroup_wait<0>();

@@ -12,15 +12,20 @@ namespace hopper_attention {
 
 template <class Traits>
 CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
+  constexpr bool kAhead = Traits::kConfig.ahead_first;
   if constexpr (Traits::kPacked) {
-    return tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
+    const BlockRange blocks =
+        tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
+    // As below; the neighbour's keys are masked, and its values cleared.
+    const int past = all_key_blocks(mask, Traits::kTileN).end;
+    return kAhead && blocks.empty() ? BlockRange{past, past + 1} : blocks;
   }
   // A cluster's last tile may have no row, and goes through the other one's blocks.
   if constexpr (Traits::kCluster > 1) return all_key_blocks(mask, Traits::kTileN);
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
   const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
   const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
-  if constexpr (Traits::kConfig.ahead_first) {
+  if constexpr (kAhead) {
     // Its first product is issued before anyone looks: a tile without keys has a block past the
     // last key, zeros that no row sees. Not block 0: without keys the descriptors are of Q.
     const int past = max(1, all_key_blocks(mask, Traits::kTileN).end);
@@ -145,7 +150,8 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
   };
   if constexpr (kAhead) publish_next();
   while (source.has(params, work_idx)) {
-    const DrawnTile drawn = kAhead ? next : source.find(params, barriers, work_idx);
+    const DrawnTile drawn = kAhead ? source.published(barriers, next)
+                                   : source.find(params, barriers, work_idx);
     if constexpr (!kAhead) source.publish(barriers, drawn);
     const int head = drawn.message.head_kv;
     const int batch = Traits::kPacked ? 0 : drawn.message.tile.batch;

@@ -29,23 +29,14 @@ CUTE_DEVICE void find_start(ForwardParams const& params, typename Traits::Barrie
 // Draws from the list that launch_list_tiles makes meanwhile, in place of TileOrder's arithmetic.
 template <class Traits>
 struct PackedTileSource : TileSource<Traits> {
-  int group = 0;  // of sequences: the one with the tile that was drawn last
+  int group = 0;  // of sequences: the one with the tile that was drawn last; past the end, none
   int group_begin = 0;
-  int group_end;  // read anew with each draw: registers are short
+  int group_end;  // read anew with each draw, as registers are short
 
   CUTE_DEVICE int start(ForwardParams const&) const { return -1; }  // the tile of find_start
 
-  // work_idx: not below the last one.
-  CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) {
-    if (work_idx < 0) return true;
-    const PackedOrder& order = params.packed.order;
-    const int* ends = params.packed.header->group_end;
-    while (work_idx >= group_end * order.heads) {
-      if (++group == order.num_groups) return false;
-      group_begin = group_end;
-      group_end = __ldcg(ends + group);
-    }
-    return true;
+  CUTE_DEVICE bool has(ForwardParams const& params, int) const {
+    return group < params.packed.order.num_groups;
   }
 
   CUTE_DEVICE DrawnTile find(ForwardParams const& params, typename Traits::Barriers const& barriers,
@@ -60,7 +51,7 @@ struct PackedTileSource : TileSource<Traits> {
     const auto* words =
         reinterpret_cast<const int4*>(params.packed.entries + group_begin + work.entry);
     const int4 tile = __ldcg(words), sequence = __ldcg(words + 1);
-    return {{{tile.x, work.head, tile.y}, work.head / params.heads_per_kv},
+    return {{{tile.x, work.head, tile.z}, work.head / params.heads_per_kv},
             {sequence.x, sequence.y, sequence.z, sequence.w},
             tile.z};
   }
@@ -70,9 +61,24 @@ struct PackedTileSource : TileSource<Traits> {
   }
 
   CUTE_DEVICE int draw(ForwardParams const& params, int) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");            // until the list is written
-    group_end = __ldcg(params.packed.header->group_end + group);  // comes while the counter does
-    return params.packed.start.tiles() + atomicAdd(&params.packed.header->next_tile, 1u);
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the list is written
+    const PackedOrder& order = params.packed.order;
+    PackedHeader* const header = params.packed.header;
+    group_end = __ldcg(header->group_end + group);  // comes while the counter does
+    const int work_idx = params.packed.start.tiles() + atomicAdd(&header->next_tile, 1u);
+    while (work_idx >= group_end * order.heads && ++group < order.num_groups) {
+      group_begin = group_end;
+      group_end = __ldcg(header->group_end + group);
+    }
+    return work_idx;
+  }
+
+  // From its slot, which nobody fills before this tile's end: registers are short.
+  CUTE_DEVICE DrawnTile published(typename Traits::Barriers const& barriers,
+                                  DrawnTile const&) const {
+    const int stage = kTileSlots - 1 - this->slot.stage;
+    const TileMessage& message = barriers.tiles[stage];
+    return {message, barriers.sequences[stage], message.tile.batch};
   }
 
   CUTE_DEVICE void finish(ForwardParams const&) const {}  // the next list begins a new count
@@ -134,7 +140,7 @@ CUTE_DEVICE void clear_last_values(ForwardParams const& params,
     if (blocks.end * Traits::kTileN > mask.seqlen_k) {
       barriers.v_tail[stage].wait(phases >> stage & 1);
       phases ^= 1u << stage;
-      const int first_row = mask.seqlen_k - (blocks.end - 1) * Traits::kTileN;
+      const int first_row = max(mask.seqlen_k - (blocks.end - 1) * Traits::kTileN, 0);
       clear_value_rows<Traits>(shared.v[stage], first_row);
       cutlass::arch::fence_view_async_shared();  // WGMMA reads what ordinary stores wrote
       __syncwarp();

@@ -54,6 +54,11 @@ struct TileSource {
     slot.advance();
   }
 
+  // The tile that was published last.
+  CUTE_DEVICE DrawnTile published(typename Traits::Barriers const&, DrawnTile const& tile) const {
+    return tile;
+  }
+
   // Every block draws past the end exactly once; after the last one nobody reads the counters.
   CUTE_DEVICE void finish(ForwardParams const& params) const {
     if constexpr (Traits::kMasked) {

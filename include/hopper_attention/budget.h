@@ -163,8 +163,8 @@ constexpr const char* config_error(const ForwardConfig& config) {
   if (fp8 && bits16_choice) return "a choice of 16 bits alone";
   if (config.narrow_first && (full || config.tile_n <= kNarrowKeys))
     return "narrow_first: with a mask, and tile_n above 64";
-  if (config.ahead_first && (full || is_packed(config) || config.narrow_first))
-    return "ahead_first: dense, with a mask, all keys of the first block";
+  if (config.ahead_first && (full || config.narrow_first))
+    return "ahead_first: with a mask, all keys of the first block";
   if (config.ahead_first && consumers_differ(config))
     return "ahead_first: as many keys a block as rows, so that no consumer skips blocks";
   if (config.ahead_first && config.ping_pong && !config.free_first)
