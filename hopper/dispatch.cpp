@@ -62,6 +62,7 @@ PackedParams packed_params(const hopper_attention_forward_args& args, const Forw
   return {{args.cu_seqlens_q, args.cu_seqlens_k, args.seqused_q, args.seqused_k, args.batch,
            args.seqlen_q, args.seqlen_k},
           plan.packed_order,
+          make_packed_divides(plan.packed_order, args.heads / args.heads_kv),
           start,
           header,
           reinterpret_cast<TileEntry*>(header + 1),

@@ -16,6 +16,7 @@ struct Fp8Traits {
   static constexpr int kHeadDim = kConfig.key.head_dim;
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kTileSlots = tile_slots(kConfig);
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr int kCluster = kConfig.cluster;
   static constexpr bool kMasked = kConfig.key.mask == MaskKind::kMasked;

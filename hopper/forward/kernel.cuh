@@ -33,7 +33,7 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
       barriers.v_ready[i].init(1);
     }
   }
-  for (int i = 0; i < kTileSlots; ++i) {
+  for (int i = 0; i < Traits::kTileSlots; ++i) {
     barriers.tile_full[i].init(1);
     // The warp that loads Q reads them too, and those that transpose V or clear its last rows.
     barriers.tile_empty[i].init(kConsumerWarps + 1 + transposers + (Traits::kPacked ? 1 : 0));
@@ -53,12 +53,15 @@ CUTE_DEVICE void init_barriers(typename Traits::Barriers& barriers, int transpos
 template <class Traits>
 CUTE_DEVICE void produce(ForwardParams const& params, typename Traits::SharedStorage& shared) {
   const int warp = cutlass::canonical_warp_idx_sync();
-  using DenseValues =
-      cute::conditional_t<Traits::kFp8, Fp8ValueLoader<Traits>, ValueLoader<Traits>>;
-  using Values = cute::conditional_t<Traits::kPacked, PackedValueLoader<Traits>, DenseValues>;
-  using Source = cute::conditional_t<Traits::kPacked, PackedTileSource<Traits>, TileSource<Traits>>;
+  using Values = cute::conditional_t<Traits::kFp8, Fp8ValueLoader<Traits>, ValueLoader<Traits>>;
   if (warp == 0) {
-    if (cute::elect_one_sync()) produce_keys_values<Traits, Source, Values>(params, shared);
+    if (cute::elect_one_sync()) {
+      if constexpr (Traits::kPacked) {
+        produce_packed<Traits>(params, shared);
+      } else {
+        produce_keys_values<Traits, Values>(params, shared);
+      }
+    }
   } else if (warp == 1) {
     produce_queries<Traits>(params, shared);
   } else if constexpr (Traits::kMayTranspose) {
@@ -175,13 +178,20 @@ CUTE_DEVICE void consume_tiles_ahead(ForwardParams const& params,
   };
   bool more = sink.next(barriers);
   issue_first(more);
+  auto issue_next = [&] {
+    q_ring.advance();
+    more = sink.has_next(barriers);
+    issue_first(more);
+  };
   while (more) {
-    consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
-                         q_ring, rS, [&] {
-                           q_ring.advance();
-                           more = sink.has_next(barriers);
-                           issue_first(more);
-                         });
+    if constexpr (Traits::kPacked) {
+      const Mask mask = sink.mask(params, barriers);
+      consume_tile<Traits>(params, shared, sink, mask, consumer, thread, k_ring, v_ring, q_ring, rS,
+                           issue_next);
+    } else {
+      consume_tile<Traits>(params, shared, sink, params.mask, consumer, thread, k_ring, v_ring,
+                           q_ring, rS, issue_next);
+    }
     sink.release(barriers);
   }
   warpgroup_wait<0>();

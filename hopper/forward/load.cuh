@@ -12,15 +12,20 @@ namespace hopper_attention {
 
 template <class Traits>
 CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
+  constexpr bool kAhead = Traits::kConfig.ahead_first;
   if constexpr (Traits::kPacked) {
-    return tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
+    const BlockRange blocks =
+        tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
+    // As below; the neighbour's keys are masked, and its values cleared.
+    const int past = all_key_blocks(mask, Traits::kTileN).end;
+    return kAhead && blocks.empty() ? BlockRange{past, past + 1} : blocks;
   }
   // A cluster's last tile may have no row, and goes through the other one's blocks.
   if constexpr (Traits::kCluster > 1) return all_key_blocks(mask, Traits::kTileN);
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
   const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
   const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
-  if constexpr (Traits::kConfig.ahead_first) {
+  if constexpr (kAhead) {
     // Its first product is issued before anyone looks: a tile without keys has a block past the
     // last key, zeros that no row sees. Not block 0: without keys the descriptors are of Q.
     const int past = max(1, all_key_blocks(mask, Traits::kTileN).end);
@@ -110,7 +115,7 @@ struct ValueLoader {
 // slot and Q's buffers of t - 1 and buffers of K and V that it released before, and what it holds
 // is waited for only behind t + 1's first K: the slot by t + 2, V's buffer by the V two blocks on.
 // Turns are taken at each tile's other blocks, as many by every consumer.
-template <class Traits, class Source, class Values>
+template <class Traits, class Values>
 CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
                                      typename Traits::SharedStorage& shared) {
   auto& barriers = shared.barriers;
@@ -134,26 +139,24 @@ CUTE_DEVICE void produce_keys_values(ForwardParams const& params,
     }
   };
 
-  Source source;
+  TileSource<Traits> source;
   int work_idx = source.start(params);
   constexpr bool kAhead = Traits::kConfig.ahead_first;
-  DrawnTile next;  // with ahead_first, told already
+  TileMessage next;  // with ahead_first, told already
   auto publish_next = [&] {
     if (!source.has(params, work_idx)) return;
-    next = source.find(params, barriers, work_idx);
+    next = source.find(params, work_idx);
     source.publish(barriers, next);
   };
   if constexpr (kAhead) publish_next();
   while (source.has(params, work_idx)) {
-    const DrawnTile drawn = kAhead ? next : source.find(params, barriers, work_idx);
+    const TileMessage drawn = kAhead ? next : source.find(params, work_idx);
     if constexpr (!kAhead) source.publish(barriers, drawn);
-    const int head = drawn.message.head_kv;
-    const int batch = Traits::kPacked ? 0 : drawn.message.tile.batch;
-    if constexpr (Traits::kPacked) values.start_tile(drawn);
-    const BlockRange blocks =
-        visited_blocks<Traits>(source.mask(params, drawn), drawn.message.tile);
+    const int head = drawn.head_kv;
+    const int batch = drawn.tile.batch;
+    const BlockRange blocks = visited_blocks<Traits>(params.mask, drawn.tile);
     for (int n_block = blocks.end - 1; n_block >= blocks.begin - 1; --n_block) {
-      if (n_block >= blocks.begin) load_k(drawn.k_begin + n_block * Traits::kTileN, head, batch);
+      if (n_block >= blocks.begin) load_k(n_block * Traits::kTileN, head, batch);
       if (n_block == max(blocks.end - 2, blocks.begin - 1)) wait_for_o();  // ahead of the first V
       if constexpr (kAhead) {
         if (n_block < blocks.begin) {

@@ -205,17 +205,18 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
 
   if constexpr (!kAhead) barriers.q_full[q_buffer].wait(q_ring.phase);
   clear(rO);
-  if constexpr (!kAhead) {
-    if constexpr (Traits::kPacked && !consumers_differ(Traits::kConfig)) {
-      // Of short sequences the second consumer often has no row. Here rather than in own_blocks,
-      // whose range would then be one more to hold.
-      if (first_row >= mask.seqlen_q) {
-        skip(blocks.end - 1, blocks.begin);
-        release_q();
-        meanwhile();
-        return;
-      }
+  if constexpr (Traits::kPacked && !consumers_differ(Traits::kConfig)) {
+    // Of short sequences the second consumer often has no row. Here rather than in own_blocks,
+    // whose range would then be one more to hold.
+    if (first_row >= mask.seqlen_q) {
+      if constexpr (kAhead) warpgroup_wait<0>();
+      skip(blocks.end - 1, blocks.begin);
+      release_q();
+      meanwhile();
+      return;
     }
+  }
+  if constexpr (!kAhead) {
     skip(blocks.end - 1, own.end);  // all of them where own is empty: it ends where blocks begins
     if (own.empty()) {
       release_q();

@@ -8,12 +8,19 @@
 
 namespace hopper_attention {
 
-// Where a block's first tile waits until the producer takes it: a slot that comes into use with the
-// second.
-inline constexpr int kStartSlot = kTileSlots - 1;
+// A Ring in one register.
+template <int kStages>
+struct CountedRing {
+  static_assert((kStages & (kStages - 1)) == 0, "the count may overflow");
+  unsigned count = 0;
 
-// The tile that this block begins with, found without the list; one without rows where there is
-// none.
+  CUTE_DEVICE unsigned stage() const { return count % kStages; }
+  CUTE_DEVICE unsigned phase() const { return count / kStages & 1; }
+  CUTE_DEVICE void advance() { ++count; }
+};
+
+// The tile that this block begins with, found without the list, in the slot of the first; one
+// without rows where there is none.
 template <class Traits>
 CUTE_DEVICE void find_start(ForwardParams const& params, typename Traits::Barriers& barriers) {
   const PackedParams& packed = params.packed;
@@ -22,88 +29,133 @@ CUTE_DEVICE void find_start(ForwardParams const& params, typename Traits::Barrie
   if (idx < packed.start.entries) {
     entry = start_entry(packed.lengths, packed.order, Traits::kConfig.tile_m(), idx);
   }
-  barriers.tiles[kStartSlot] = {{entry.m_block, head, entry.k_begin}, head / params.heads_per_kv};
-  barriers.sequences[kStartSlot] = entry.sequence;
+  barriers.tiles[0] = {{entry.m_block, head, entry.k_begin}, head / params.heads_per_kv};
+  barriers.sequences[0] = entry.sequence;
 }
+
+// A tile and its sequence. Its `batch` is the first row of the sequence's K and V.
+struct PackedTile {
+  TileMessage message;
+  TileSequence sequence;
+};
 
 // Draws from the list that launch_list_tiles makes meanwhile, in place of TileOrder's arithmetic.
 template <class Traits>
-struct PackedTileSource : TileSource<Traits> {
-  int group = 0;  // of sequences: the one with the tile that was drawn last
-  int group_begin = 0;
-  int group_end;  // read anew with each draw: registers are short
+struct PackedTileSource {
+  CountedRing<Traits::kTileSlots> slot;
+  PackedWalk walk;
 
-  CUTE_DEVICE int start(ForwardParams const&) const { return -1; }  // the tile of find_start
-
-  // work_idx: not below the last one.
-  CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) {
-    if (work_idx < 0) return true;
-    const PackedOrder& order = params.packed.order;
-    const int* ends = params.packed.header->group_end;
-    while (work_idx >= group_end * order.heads) {
-      if (++group == order.num_groups) return false;
-      group_begin = group_end;
-      group_end = __ldcg(ends + group);
-    }
-    return true;
+  CUTE_DEVICE void publish_start(typename Traits::Barriers& barriers) {
+    barriers.tile_full[0].arrive();
+    slot.advance();
   }
 
-  CUTE_DEVICE DrawnTile find(ForwardParams const& params, typename Traits::Barriers const& barriers,
-                             int work_idx) const {
-    if (work_idx < 0) {
-      const TileMessage& message = barriers.tiles[kStartSlot];
-      return {message, barriers.sequences[kStartSlot], message.tile.batch};
-    }
-    const PackedOrder& order = params.packed.order;
+  CUTE_DEVICE void publish_next(ForwardParams const& params, typename Traits::Barriers& barriers) {
+    asm volatile("griddepcontrol.wait;" ::: "memory");  // until the list is written
+    const PackedParams& packed = params.packed;
+    const auto group_end = [&](int group) { return __ldcg(packed.header->group_end + group); };
+    // These come while the counter does.
+    const int begin = walk.group > 0 ? group_end(walk.group - 1) : 0, end = group_end(walk.group);
+    const int work_idx = packed.start.tiles() + atomicAdd(&packed.header->next_tile, 1u);
     const PackedOrder::Work work =
-        order(work_idx - group_begin * order.heads, group_end - group_begin);
-    const auto* words =
-        reinterpret_cast<const int4*>(params.packed.entries + group_begin + work.entry);
-    const int4 tile = __ldcg(words), sequence = __ldcg(words + 1);
-    return {{{tile.x, work.head, tile.y}, work.head / params.heads_per_kv},
-            {sequence.x, sequence.y, sequence.z, sequence.w},
-            tile.z};
+        walk(packed.order, packed.divides, work_idx, begin, end, group_end);
+    PackedTile drawn{no_more_tiles(), {}};
+    if (walk.group < packed.order.num_groups) {
+      const auto* words = reinterpret_cast<const int4*>(packed.entries + work.entry);
+      const int4 tile = __ldcg(words), sequence = __ldcg(words + 1);
+      drawn.message = {{tile.x, work.head, tile.z},
+                       packed.divides.by_heads_per_kv.quotient(work.head)};
+      drawn.sequence = {sequence.x, sequence.y, sequence.z, sequence.w};
+    }
+    const unsigned stage = slot.stage();
+    barriers.tile_empty[stage].wait(slot.phase() ^ 1);
+    barriers.tiles[stage] = drawn.message;
+    barriers.sequences[stage] = drawn.sequence;
+    barriers.tile_full[stage].arrive();
+    slot.advance();
   }
 
-  CUTE_DEVICE Mask mask(ForwardParams const& params, DrawnTile const& tile) const {
-    return sequence_mask(params.mask, tile.sequence.seqlen_q, tile.sequence.seqlen_k);
+  // The tile before the one that was published last: in its slot while its V is not all there.
+  CUTE_DEVICE TileMessage before(typename Traits::Barriers const& barriers) const {
+    return barriers.tiles[(slot.count - 2) % Traits::kTileSlots];
   }
 
-  CUTE_DEVICE int draw(ForwardParams const& params, int) {
-    asm volatile("griddepcontrol.wait;" ::: "memory");            // until the list is written
-    group_end = __ldcg(params.packed.header->group_end + group);  // comes while the counter does
-    return params.packed.start.tiles() + atomicAdd(&params.packed.header->next_tile, 1u);
+  // The tile that was published last, from its slot.
+  CUTE_DEVICE PackedTile published(typename Traits::Barriers const& barriers) const {
+    const unsigned stage = (slot.count - 1) % Traits::kTileSlots;
+    return {barriers.tiles[stage], barriers.sequences[stage]};
   }
-
-  CUTE_DEVICE void finish(ForwardParams const&) const {}  // the next list begins a new count
 };
 
-// V's loads in 16 bits. A sequence's last block arrives at a barrier of its own where it is not
-// whole: what lies behind the sequence is its neighbour's, and 0 * NaN is NaN.
+// produce_keys_values of packed batches: loads and draws in the same order, but for tiles that V's
+// buffers can hold. There the last V does not wait for the next tile to be drawn: its buffer is
+// free earlier than a counter, an entry, or, in a block's first tile, the whole list can be had.
+// What a circle of waits would need is missing here, too: that buffer's V is of an earlier tile.
+//
+// A sequence's last block of V arrives at a barrier of its own where it is not whole: what lies
+// behind the sequence is its neighbour's, and 0 * NaN is NaN.
 template <class Traits>
-struct PackedValueLoader {
-  Ring<Traits::kStages> ring;
-  int k_begin;
-  int seqlen_k;
-
-  CUTE_DEVICE void start_tile(DrawnTile const& tile) {
-    k_begin = tile.k_begin;
-    seqlen_k = tile.sequence.seqlen_k;
+CUTE_DEVICE void produce_packed(ForwardParams const& params,
+                                typename Traits::SharedStorage& shared) {
+  constexpr auto kHint = cute::TMA::CacheHintSm90::EVICT_LAST;
+  constexpr int kTileN = Traits::kTileN;
+  auto& barriers = shared.barriers;
+  CountedRing<Traits::kStages> k_ring, v_ring;
+  std::uint32_t o_phase = 0;
+  auto wait_for_o = [&] {  // once a tile, ahead of its first V: as in produce_keys_values
+    if constexpr (Traits::kOOnV) {
+      for (int i = 0; i < Traits::kConsumers; ++i) barriers.o_sent[i].wait(o_phase ^ 1);
+      o_phase ^= 1;
+    }
+  };
+  auto load_v = [&](TileMessage const& tile, int n_block, int partial) {
+    const unsigned stage = v_ring.stage();
+    barriers.v_empty[stage].wait(v_ring.phase() ^ 1);
+    load_tile<Traits::kSlabV, Traits::kHeadDimV, kTileN>(
+        params.v, n_block == partial ? barriers.v_tail[stage] : barriers.v_full[stage], kHint,
+        shared.v[stage], tile.tile.batch + n_block * kTileN, tile.head_kv, 0);
+    v_ring.advance();
+  };
+  PackedTileSource<Traits> source;
+  source.publish_start(barriers);
+  for (;;) {
+    const PackedTile drawn = source.published(barriers);
+    const TileMessage tile = drawn.message;
+    if (tile.head_kv < 0) return;
+    const int seqlen_k = drawn.sequence.seqlen_k;
+    const BlockRange blocks = visited_blocks<Traits>(
+        sequence_mask(params.mask, drawn.sequence.seqlen_q, seqlen_k), tile.tile);
+    const int partial = blocks.end * kTileN > seqlen_k ? blocks.end - 1 : -1;  // a block, or none
+    auto load_k = [&](int n_block) {
+      const unsigned stage = k_ring.stage();
+      barriers.k_empty[stage].wait(k_ring.phase() ^ 1);
+      load_tile<Traits::kSlab, Traits::kHeadDim, kTileN>(
+          params.k, barriers.k_full[stage], kHint, shared.k[stage],
+          tile.tile.batch + n_block * kTileN, tile.head_kv, 0);
+      k_ring.advance();
+    };
+    if (!blocks.empty()) load_k(blocks.end - 1);
+    CUTE_NO_UNROLL  // registers are short
+    for (int n_block = blocks.end - 2; n_block >= blocks.begin; --n_block) {
+      load_k(n_block);
+      if (n_block == blocks.end - 2) wait_for_o();
+      load_v(tile, n_block + 1, partial);
+    }
+    if (blocks.end - blocks.begin < 2) wait_for_o();
+    if constexpr (!Traits::kConfig.ahead_first) {
+      if (!blocks.empty()) load_v(tile, blocks.begin, partial);
+      source.publish_next(params, barriers);
+    } else {
+      int left = blocks.begin;  // the block whose V is not loaded, or -1
+      if (blocks.end - blocks.begin <= Traits::kStages) {
+        load_v(tile, left, partial);
+        left = -1;
+      }
+      source.publish_next(params, barriers);
+      if (left >= 0) load_v(source.before(barriers), left, -1);
+    }
   }
-
-  CUTE_DEVICE void load(ForwardParams const& params, typename Traits::SharedStorage& shared,
-                        int n_block, int head, int batch) {
-    auto& barriers = shared.barriers;
-    barriers.v_empty[ring.stage].wait(ring.phase ^ 1);
-    const int first_key = n_block * Traits::kTileN;
-    const bool whole = first_key + Traits::kTileN <= seqlen_k;
-    load_tile<Traits::kSlabV, Traits::kHeadDimV, Traits::kTileN>(
-        params.v, whole ? barriers.v_full[ring.stage] : barriers.v_tail[ring.stage],
-        cute::TMA::CacheHintSm90::EVICT_LAST, shared.v[ring.stage], k_begin + first_key, head,
-        batch);
-    ring.advance();
-  }
-};
+}
 
 // Rows first_row and on of a block of V. A swizzle moves nothing out of its row.
 template <class Traits>
@@ -134,7 +186,7 @@ CUTE_DEVICE void clear_last_values(ForwardParams const& params,
     if (blocks.end * Traits::kTileN > mask.seqlen_k) {
       barriers.v_tail[stage].wait(phases >> stage & 1);
       phases ^= 1u << stage;
-      const int first_row = mask.seqlen_k - (blocks.end - 1) * Traits::kTileN;
+      const int first_row = max(mask.seqlen_k - (blocks.end - 1) * Traits::kTileN, 0);
       clear_value_rows<Traits>(shared.v[stage], first_row);
       cutlass::arch::fence_view_async_shared();  // WGMMA reads what ordinary stores wrote
       __syncwarp();

@@ -16,6 +16,7 @@ namespace hopper_attention {
 struct PackedParams {
   PackedLengths lengths;
   PackedOrder order;
+  PackedDivides divides;
   PackedStart start;
   PackedHeader* header;
   TileEntry* entries;

@@ -7,14 +7,7 @@
 
 namespace hopper_attention {
 
-// A tile, and in packed batches its sequence.
-struct DrawnTile {
-  TileMessage message;
-  TileSequence sequence;
-  int k_begin;
-};
-
-CUTE_DEVICE constexpr DrawnTile no_more_tiles() { return {{{0, 0, 0}, -1}, {}, 0}; }
+CUTE_DEVICE constexpr TileMessage no_more_tiles() { return {{0, 0, 0}, -1}; }
 
 // The drawing side. Without a mask all tiles cost the same and block b takes b, b + grid, ...; of
 // clusters, each takes a group of tiles for each of its blocks. With a mask, a global counter hands
@@ -22,7 +15,7 @@ CUTE_DEVICE constexpr DrawnTile no_more_tiles() { return {{{0, 0, 0}, -1}, {}, 0
 // launch.
 template <class Traits>
 struct TileSource {
-  Ring<kTileSlots> slot;
+  Ring<Traits::kTileSlots> slot;
 
   CUTE_DEVICE int start(ForwardParams const& params) const {
     return blockIdx.x / cluster_blocks<Traits>(params);
@@ -30,14 +23,10 @@ struct TileSource {
   CUTE_DEVICE bool has(ForwardParams const& params, int work_idx) const {
     return work_idx < params.order.num_tiles();
   }
-  CUTE_DEVICE DrawnTile find(ForwardParams const& params, typename Traits::Barriers const&,
-                             int work_idx) const {
+  CUTE_DEVICE TileMessage find(ForwardParams const& params, int work_idx) const {
     const WorkTile tile =
         cluster_tile(params.order, work_idx, cluster_blocks<Traits>(params), blockIdx.x);
-    return {{tile, tile.head / params.heads_per_kv}, {}, 0};
-  }
-  CUTE_DEVICE Mask const& mask(ForwardParams const& params, DrawnTile const&) const {
-    return params.mask;
+    return {tile, tile.head / params.heads_per_kv};
   }
 
   CUTE_DEVICE int draw(ForwardParams const& params, int current) const {
@@ -46,10 +35,9 @@ struct TileSource {
     return next;
   }
 
-  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, DrawnTile const& tile) {
+  CUTE_DEVICE void publish(typename Traits::Barriers& barriers, TileMessage const& tile) {
     barriers.tile_empty[slot.stage].wait(slot.phase ^ 1);
-    barriers.tiles[slot.stage] = tile.message;
-    if constexpr (Traits::kPacked) barriers.sequences[slot.stage] = tile.sequence;
+    barriers.tiles[slot.stage] = tile;
     barriers.tile_full[slot.stage].arrive();
     slot.advance();
   }
@@ -69,7 +57,7 @@ struct TileSource {
 // The receiving side, called by whole warps: every tile is released once.
 template <class Traits>
 struct TileSink {
-  Ring<kTileSlots> slot;
+  Ring<Traits::kTileSlots> slot;
 
   // Waits for the next tile; false when there is none.
   CUTE_DEVICE bool next(typename Traits::Barriers& barriers) {

@@ -30,6 +30,7 @@ struct ForwardTraits {
   static constexpr int kHeadDim = kConfig.key.head_dim;
   static constexpr int kHeadDimV = kConfig.key.head_dim_v;
   static constexpr int kStages = kConfig.stages;
+  static constexpr int kTileSlots = tile_slots(kConfig);
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr int kQBuffers = q_stages(kConfig) * kConsumers;  // see q_index
   static constexpr int kCluster = kConfig.cluster;

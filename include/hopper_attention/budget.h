@@ -13,7 +13,6 @@ inline constexpr int kOutputBytes = 2;  // float16 and bfloat16
 inline constexpr int kRawStages = 2;    // blocks of e4m3 V that wait to be transposed
 inline constexpr int kOnesRows = 8;     // the fewest columns by which a WGMMA can grow
 inline constexpr int kTransposeWarps = 2;
-inline constexpr int kTileSlots = 2;  // work tiles that travel from the producer to the consumers
 inline constexpr int kTileMessageBytes = 16;
 inline constexpr int kTileSequenceBytes = 16;  // beside it in packed batches
 
@@ -80,6 +79,12 @@ constexpr bool is_packed(const ForwardConfig& config) {
   return config.key.mask == MaskKind::kPacked;
 }
 
+// Work tiles that travel from the producer to the consumers. The slot of a tile is held until its
+// epilogue's end: with two, the tile after the next would be told, and its Q asked for, only then.
+constexpr int tile_slots(const ForwardConfig& config) {
+  return is_packed(config) && config.ahead_first ? 4 : 2;
+}
+
 // One full and one empty barrier for each stage of K and V, each buffer of Q and each tile slot,
 // and for each block to transpose, one for each stage of V whose last rows are cleared and for each
 // consumer's O, and in a cluster for each stage that the other block waits for; 8 bytes each, and
@@ -90,10 +95,10 @@ constexpr int barrier_bytes(const ForwardConfig& config) {
   const int outputs =
       is_fp8(config.key.dtype) ? 0 : config.num_consumers + config.num_consumers % 2;  // likewise
   const int queries = q_stages(config) * config.num_consumers;
-  const int barriers = 2 * (2 * config.stages + queries + kTileSlots + raw_stages) + tail_stages +
-                       outputs + (is_clustered(config) ? 2 * config.stages : 0);
+  const int barriers = 2 * (2 * config.stages + queries + tile_slots(config) + raw_stages) +
+                       tail_stages + outputs + (is_clustered(config) ? 2 * config.stages : 0);
   const int message = kTileMessageBytes + (is_packed(config) ? kTileSequenceBytes : 0);
-  return barriers * 8 + kTileSlots * message;
+  return barriers * 8 + tile_slots(config) * message;
 }
 
 constexpr int kSharedAlignment = 1024;  // the 128-byte swizzle repeats every 1024 bytes
@@ -163,8 +168,8 @@ constexpr const char* config_error(const ForwardConfig& config) {
   if (fp8 && bits16_choice) return "a choice of 16 bits alone";
   if (config.narrow_first && (full || config.tile_n <= kNarrowKeys))
     return "narrow_first: with a mask, and tile_n above 64";
-  if (config.ahead_first && (full || is_packed(config) || config.narrow_first))
-    return "ahead_first: dense, with a mask, all keys of the first block";
+  if (config.ahead_first && (full || config.narrow_first))
+    return "ahead_first: with a mask, all keys of the first block";
   if (config.ahead_first && consumers_differ(config))
     return "ahead_first: as many keys a block as rows, so that no consumer skips blocks";
   if (config.ahead_first && config.ping_pong && !config.free_first)

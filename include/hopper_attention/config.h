@@ -134,7 +134,6 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
   constexpr Schedule kAfterRow = Schedule::kAfterRow;
   constexpr Schedule kRowByRow = Schedule::kRowByRow;
   const bool full = key.mask == MaskKind::kFull;
-  const bool packed = key.mask == MaskKind::kPacked;  // at d128 turns cost there
   if (is_fp8(key.dtype)) return make_fp8_config(key);
   // clang-format off
   // {key, tile_n, stages, consumers, ping-pong, schedule, skip rescale, reason, overlap, v parts,
@@ -168,10 +167,10 @@ constexpr ForwardConfig make_forward_config(ForwardKey key) {
         ? in_clusters({key, 176, 2, 2, true, kRowByRow, true,
                        "widest that fits: S 88, P 44, O 64 registers and 208 KiB; in clusters 4% "
                        "at the power limit", true, 1, false, 0, true})
-        : ForwardConfig{key, 128, 2, 2, !packed, kRowByRow, false,
+        : ForwardConfig{key, 128, 2, 2, true, kRowByRow, false,
                         "square tiles waste least on the diagonal; a turn at a tile's first block "
                         "costs 1 to 3%, its product after the last tile's epilogue 1 to 2%", true,
-                        1, false, 0, false, true, false, !packed, false, !packed};
+                        1, false, 0, false, true, false, true, false, true};
     case 192:
       if (key.head_dim_v == 128) {
         return full

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "hopper_attention/block_range.h"
+#include "hopper_attention/fast_divide.h"
 #include "hopper_attention/tile_order.h"
 
 namespace hopper_attention {
@@ -125,6 +126,56 @@ struct PackedOrder {
   HOPPER_ATTENTION_HD constexpr Work operator()(int work_idx, int entries) const {
     const HeadGroups::Place place = head_groups(work_idx, entries);
     return {place.within / place.heads, place.first_head + place.within % place.heads};
+  }
+};
+
+// Divisors that the forward kernel's blocks need for each tile.
+struct PackedDivides {
+  FastDivide by_smaller;  // heads of a group, as HeadGroups has them
+  FastDivide by_size;
+  FastDivide by_heads_per_kv;
+};
+
+constexpr PackedDivides make_packed_divides(const PackedOrder& order, int heads_per_kv) {
+  const HeadGroups& groups = order.head_groups;
+  return {FastDivide(groups.in_smaller > 0 ? groups.smaller : groups.size), FastDivide(groups.size),
+          FastDivide(heads_per_kv)};
+}
+
+// A block's way through the order, which only goes forward: the groups of sequences and of heads
+// that it is in. Takes no division but by heads.
+struct PackedWalk {
+  int group = 0;       // of sequences; order.num_groups once there are no tiles left
+  int first_head = 0;  // of the group of heads
+  int begin = 0;       // work_idx of both groups' first tile
+
+  // The work_idx-th tile of the order, its entry counted from the list's first; work_idx must not
+  // decrease from call to call. entries_begin, entries_end: of sequence group `group`, which must
+  // not be past the end; group_end(g): one past group g's last entry.
+  template <class GroupEnd>
+  HOPPER_ATTENTION_HD constexpr PackedOrder::Work operator()(const PackedOrder& order,
+                                                             const PackedDivides& divides,
+                                                             int work_idx, int entries_begin,
+                                                             int entries_end,
+                                                             const GroupEnd& group_end) {
+    for (;;) {
+      const bool smaller = first_head < order.head_groups.in_smaller;
+      const int heads = smaller ? order.head_groups.smaller : order.head_groups.size;
+      const int tiles = heads * (entries_end - entries_begin);
+      if (work_idx - begin < tiles) {
+        const FastDivide& by_heads = smaller ? divides.by_smaller : divides.by_size;
+        const int within = work_idx - begin;
+        const int entry = by_heads.quotient(within);
+        return {entries_begin + entry, first_head + within - entry * heads};
+      }
+      begin += tiles;
+      first_head += heads;
+      if (first_head < order.heads) continue;
+      first_head = 0;
+      if (++group >= order.num_groups) return {};
+      entries_begin = entries_end;
+      entries_end = group_end(group);
+    }
   }
 };
 

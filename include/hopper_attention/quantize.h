@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "hopper_attention/fast_divide.h"
 #include "hopper_attention/fp8.h"
 
 #if defined(__CUDACC__)
@@ -49,26 +50,6 @@ constexpr int hadamard_log2(int head_dim) {
   while (head_dim % (2 << log2) == 0) ++log2;
   return log2;
 }
-
-// Division of 0 to 2^31 - 1 by a constant in a multiplication and a shift. With 2^(log2 - 1) <
-// divisor <= 2^log2 and multiplier = floor(2^(31 + log2) / divisor) + 1, the quotient's error is
-// below n / (divisor * 2^31) < 1 / divisor.
-struct FastDivide {
-  std::uint32_t multiplier = 0;
-  std::int32_t shift = 0;
-  std::int32_t divisor = 1;
-
-  FastDivide() = default;
-  constexpr explicit FastDivide(std::int32_t by) : divisor(by) {
-    int log2 = 0;
-    while ((std::int64_t{1} << log2) < by) ++log2;
-    shift = 31 + log2;
-    multiplier = static_cast<std::uint32_t>((std::uint64_t{1} << shift) / by + 1);
-  }
-  HOPPER_ATTENTION_QUANTIZE_HD constexpr std::int32_t quotient(std::int32_t n) const {
-    return static_cast<std::int32_t>((static_cast<std::uint64_t>(n) * multiplier) >> shift);
-  }
-};
 
 // Sums of K's blocks are added up by as many, then those sums: the order settles the rounding.
 inline constexpr int kMeanBlocks = 16;

@@ -81,6 +81,15 @@ CORNERS = {
     "some used": {"rows": (50, 60, 70), "used_q": (0, 60, 1), "keys": None, "used_k": (50, 0, 70)},
     "many keys": {"rows": (1, 2, 3), "keys": (4099, 8191, 1), "heads": 2},
     "long": {"rows": (3000, 64, 700, 5000), "keys": None, "heads": 2, "heads_kv": 2},
+    "more queries than keys": {"rows": (700, 1300, 129, 400, 256), "keys": (100, 128, 1, 0, 255)},
+    "few used of many": {
+        "rows": (500, 300, 128, 900),
+        "used_q": (400, 1, 0, 900),
+        "keys": None,
+        "used_k": (3, 128, 128, 0),
+        "behind": 200,
+    },
+    "few rows before many of nobody's": {"rows": (20, 30), "keys": None, "behind": 4000},
     "one head": {"heads": 1, "heads_kv": 1},
     "mqa": {"heads": 8, "heads_kv": 1},
 }
@@ -110,6 +119,15 @@ def test_thousands_of_sequences(head_dim, causal):
     rows = tuple(generator.randint(0, 40) for _ in range(2000))
     batch = Packed(rows=rows, keys=None, head_dim=head_dim, heads=2, heads_kv=1)
     check(*batch.inputs(), batch.lengths(), causal=causal)
+
+
+@HEAD_DIM
+def test_many_tiles_of_few_key_blocks(head_dim):
+    generator = random.Random(4)
+    rows = tuple(generator.randint(0, 640) for _ in range(150))
+    keys = tuple(max(n + generator.choice((-200, -1, 0, 0, 0, 1)), 0) for n in rows)
+    batch = Packed(rows=rows, keys=keys, head_dim=head_dim, heads=16, heads_kv=4)
+    check(*batch.inputs(), batch.lengths(), causal=True)
 
 
 # 1,024 threads list the tiles, and find them twice where one of them has several.
@@ -144,6 +162,13 @@ def test_scales(scale):
 @pytest.mark.parametrize("window", [(0, 0), (-1, 0), (17, -1), (2**40, 5), (128, 0), (5000, 5000)])
 def test_windows(window):
     batch = Packed()
+    check(*batch.inputs(), batch.lengths(), window_size=window)
+
+
+@HEAD_DIM
+@pytest.mark.parametrize("window", [(5, 0), (200, 0)])
+def test_windows_ahead_of_the_first_key(window, head_dim):
+    batch = Packed(rows=(700, 300, 900, 256), keys=(700, 1000, 100, 128), head_dim=head_dim)
     check(*batch.inputs(), batch.lengths(), window_size=window)
 
 

@@ -163,7 +163,8 @@ void narrow_first_blocks_are_refused_where_they_have_no_use() {
   }
 }
 
-// A second buffer of Q, with a full and an empty barrier a consumer; and nothing that the kernel's
+// A second buffer of Q, with a full and an empty barrier a consumer, in packed batches two more
+// slots for tiles; and nothing that the kernel's
 // path for it does not know: skipped blocks, narrow ones, turns at the first block.
 void first_products_go_ahead_where_the_kernel_can_do_it() {
   for (const InstanceRow& row : kInstanceRows) {
@@ -173,8 +174,9 @@ void first_products_go_ahead_where_the_kernel_can_do_it() {
     const int q = q_bytes(config), barriers = barrier_bytes(config);
     config.ahead_first = true;
     CHECK(q_bytes(config) == 2 * q);
-    CHECK(barrier_bytes(config) == barriers + 16 * config.num_consumers);
-    const bool d128 = row.key.head_dim == 128 && row.key.mask == MaskKind::kMasked;
+    const int slots = row.key.mask == MaskKind::kPacked ? 2 * (16 + 32) : 0;  // two more tiles'
+    CHECK(barrier_bytes(config) == barriers + 16 * config.num_consumers + slots);
+    const bool d128 = row.key.head_dim == 128 && row.key.mask != MaskKind::kFull;
     const bool may = d128 && !is_fp8(row.key.dtype);
     CHECK((config_error(config) == nullptr) == may);
     if (!may) continue;

@@ -155,6 +155,39 @@ void each_entry_comes_once_for_each_head() {
   }
 }
 
+// Every block's way through the order ends where the order's own divisions do, whatever of it the
+// other blocks draw meanwhile.
+void a_walk_finds_what_the_order_has() {
+  for (int round = 0; round < 3000; ++round) {
+    const int heads_per_kv = draw(1, 4), heads_kv = draw(1, 6), heads = heads_kv * heads_per_kv;
+    const int num_groups = draw(1, draw(0, 1) ? 1 : 6);
+    const HeadGroups groups = make_head_groups(heads_kv, draw(1, heads_kv), heads_per_kv);
+    const PackedOrder order{heads, groups, 100, num_groups};
+    const PackedDivides divides = make_packed_divides(order, heads_per_kv);
+    std::vector<int> ends;
+    for (int end = 0; static_cast<int>(ends.size()) < num_groups;) {
+      ends.push_back(end += draw(0, 2) ? draw(0, 9) : 0);
+    }
+    const auto group_end = [&](int group) { return ends[group]; };
+    check::context = std::to_string(num_groups) + " groups, " + std::to_string(ends.back()) +
+                     " entries, " + std::to_string(heads) + " heads";
+    PackedWalk walk;
+    int group = 0;
+    for (int work_idx = draw(0, 3); walk.group < num_groups; work_idx += draw(0, 40)) {
+      const int begin = walk.group > 0 ? ends[walk.group - 1] : 0;
+      const PackedOrder::Work found =
+          walk(order, divides, work_idx, begin, ends[walk.group], group_end);
+      while (group < num_groups && work_idx >= ends[group] * heads) ++group;
+      CHECK(walk.group == group);
+      if (group == num_groups) break;
+      const int before = group > 0 ? ends[group - 1] : 0;
+      const PackedOrder::Work work = order(work_idx - before * heads, ends[group] - before);
+      CHECK(found.entry == before + work.entry && found.head == work.head);
+      CHECK(divides.by_heads_per_kv.quotient(found.head) == found.head / heads_per_kv);
+    }
+  }
+}
+
 void groups_fit_in_l2() {
   for (int total_k : {0, 1, 1000, 16384, 29534, 1 << 17, 1 << 20, kMaxLength}) {
     for (int heads_per_kv : {1, 4}) {
@@ -258,6 +291,7 @@ int main() {
   tiles_visit_the_blocks_that_their_asking_rows_see();
   costs_are_ordered_and_precise_to_an_eighth();
   each_entry_comes_once_for_each_head();
+  a_walk_finds_what_the_order_has();
   groups_fit_in_l2();
   blocks_begin_with_tiles_of_the_first_group();
   every_tile_has_room_in_the_workspace();
