@@ -75,22 +75,16 @@ struct PackedTileSource {
     slot.advance();
   }
 
-  // The tile before the one that was published last: in its slot while its V is not all there.
-  CUTE_DEVICE TileMessage before(typename Traits::Barriers const& barriers) const {
-    return barriers.tiles[(slot.count - 2) % Traits::kTileSlots];
-  }
-
-  // The tile that was published last, from its slot.
-  CUTE_DEVICE PackedTile published(typename Traits::Barriers const& barriers) const {
-    const unsigned stage = (slot.count - 1) % Traits::kTileSlots;
+  // From its slot, the tile that was published last, or the one before that: nobody can have
+  // released it as long as its V is not all there.
+  CUTE_DEVICE PackedTile published(typename Traits::Barriers const& barriers,
+                                   int before = 0) const {
+    const unsigned stage = (slot.count - 1 - before) % Traits::kTileSlots;
     return {barriers.tiles[stage], barriers.sequences[stage]};
   }
 };
 
-// produce_keys_values of packed batches: loads and draws in the same order, but for tiles that V's
-// buffers can hold. There the last V does not wait for the next tile to be drawn: its buffer is
-// free earlier than a counter, an entry, or, in a block's first tile, the whole list can be had.
-// What a circle of waits would need is missing here, too: that buffer's V is of an earlier tile.
+// produce_keys_values of packed batches: loads and draws in the same order.
 //
 // A sequence's last block of V arrives at a barrier of its own where it is not whole: what lies
 // behind the sequence is its neighbour's, and 0 * NaN is NaN.
@@ -146,13 +140,10 @@ CUTE_DEVICE void produce_packed(ForwardParams const& params,
       if (!blocks.empty()) load_v(tile, blocks.begin, partial);
       source.publish_next(params, barriers);
     } else {
-      int left = blocks.begin;  // the block whose V is not loaded, or -1
-      if (blocks.end - blocks.begin <= Traits::kStages) {
-        load_v(tile, left, partial);
-        left = -1;
-      }
       source.publish_next(params, barriers);
-      if (left >= 0) load_v(source.before(barriers), left, -1);
+      const PackedTile own = source.published(barriers, 1);  // registers are short
+      const bool whole = (blocks.begin + 1) * kTileN <= own.sequence.seqlen_k;
+      load_v(own.message, blocks.begin, whole ? -1 : blocks.begin);
     }
   }
 }
