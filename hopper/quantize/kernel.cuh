@@ -70,10 +70,7 @@ __device__ void take(const QuantizeParams& params, const QuantizeMaps& maps,
   if (task.given_scale(tensor) || task.subtracts_mean(params)) {
     shared.given_full[n % Shape::kSlots].wait(n / Shape::kSlots & 1);
   }
-  if (task.pass == QuantizePass::kSum) {
-    measure_sums<Shape>(params, shared.slot(n), shared.stage(n));
-    shared.release_stage(n);
-  } else if (task.pass == QuantizePass::kAmax && !task.transforms(params)) {
+  if (task.pass == QuantizePass::kAmax && !task.transforms(params)) {
     measure_amax<Shape>(tensor, shared.slot(n), shared.stage(n));
     shared.release_stage(n);
   } else if (task.pass == QuantizePass::kQuantize && task.which == kV && params.v_transposed) {

@@ -18,7 +18,7 @@ struct QuantizeLaunch {
   int tile;       // head dimension that the instance is compiled for: 64, 128 or 256
   bool bfloat16;  // or fp16
   int device;
-  int num_sms;
+  int max_blocks;  // of threads that run at a time
   cudaStream_t stream;
 };
 
@@ -27,11 +27,15 @@ struct QuantizeGeometry {
   int rows_of_warp;  // tokens of a tile that a warp writes
   int blocks_per_sm;
   int stages;  // tiles that a block loads ahead
+  int teams;   // that work on a tile each
 };
 
 constexpr QuantizeGeometry quantize_geometry(int tile) {
-  return {2048 / tile, tile == 256 ? 1 : 2, tile == 64 ? 5 : 2};
+  return {2048 / tile, tile == 256 ? 1 : 2, tile == 64 ? 5 : 2, tile == 64 ? 2 : 1};
 }
+
+// What begins as zero, and K's mean. The kernel of launch_quantize may start meanwhile.
+cudaError_t launch_preparation(const QuantizeParams& params, const QuantizeLaunch& launch);
 
 cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeMaps& maps,
                             const QuantizeLaunch& launch);

@@ -275,23 +275,20 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
           "batch x heads x sequence length is too large: more than 2^29 blocks "
           "of 128 tokens");
     }
-    const bool sums = which == kK && a.smooth_k != 0;
-    const int group_tiles = sums               ? kSmoothGroupTiles
-                            : tensor.find_amax ? kGroupBytes / tile_bytes(tensor)
-                                               : INT_MAX;  // one pass: all heads
+    const int group_tiles =
+        tensor.find_amax ? kGroupBytes / tile_bytes(tensor) : INT_MAX;  // one pass: all heads
     tensor.order = head_order(sequences, tensor.heads, tensor.slots, group_tiles);
   }
   set_rotation(a, &params);
   params.ticket = words + w.ticket;
+  params.zeros = words;
+  params.num_zeros = w.zero_words;
   params.v_transposed = a.v_transposed != 0;
   params.v_token_factor = a.v_token_factor;
-  params.smooth_k = a.smooth_k != 0;
+  params.smooth_k = a.smooth_k != 0 && a.heads_kv > 0;
   if (params.smooth_k) {
     params.k_mean = a.k_mean;
     params.k_partial = reinterpret_cast<float*>(words + w.k_partial);
-    params.k_blocks_summed = words + w.k_blocks_summed;
-    params.k_sums_summed = words + w.k_sums_summed;
-    params.k_summed = words + w.k_summed;
   }
   const int head_dim =
       std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0, a.heads_kv > 0 ? a.head_dim_v : 0);
@@ -299,16 +296,28 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
   return {};
 }
 
-void schedule_quantize(int ahead, QuantizePlan* plan) {
+void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
   QuantizeParams& params = plan->params;
   QuantizeSchedule& schedule = params.schedule = {};
-  std::int32_t time = 0;
+  // A smoothed K's mean is made before: meanwhile, blocks have tiles of Q that wait for nothing.
+  const QuantizeTensor& q = params.tensors[kQ];
+  const int at_once = blocks.count * blocks.teams;
+  const bool starts_early = params.smooth_k && !q.find_amax;
+  params.first_draws = starts_early ? std::min(kEarlyDraws, q.order.num_tiles / at_once) : 0;
+  const std::int32_t early = params.first_draws * at_once;
+  std::int32_t time = schedule.add_last(kQ, 0, early, false, 0);
+  // Tiles that blocks have in work among them.
+  const int ahead = blocks.count * (blocks.stages + 1) / 2;
   // What needs two passes comes first, so that no block ends up waiting for others' last tiles.
   for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
-    time = schedule.add(which, tensor.order, which == kK && params.smooth_k, tensor.find_amax,
-                        tensor.scale == ScaleKind::kTensor, kKeptBytes / tile_bytes(tensor), ahead,
-                        time);
+    if (tensor.find_amax) {
+      time = schedule.add_both(which, tensor.order, tensor.scale == ScaleKind::kTensor,
+                               kKeptBytes / tile_bytes(tensor), ahead, time);
+    } else {
+      const std::int32_t first = which == kQ ? early : 0;
+      time = schedule.add_last(which, first, tensor.order.num_tiles - first, false, time);
+    }
   }
   schedule.finish();
 }

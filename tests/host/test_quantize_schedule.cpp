@@ -50,9 +50,7 @@ void tickets_are_sound(const QuantizeParams& params) {
     const QuantizeTensor& tensor = params.tensors[which];
     const bool whole = tensor.scale == ScaleKind::kTensor;
     std::vector<int> before;
-    for (const auto pass : {QuantizePass::kSum, QuantizePass::kAmax, QuantizePass::kQuantize}) {
-      const bool sums = which == kK && params.smooth_k;
-      if (pass == QuantizePass::kSum && !sums) continue;
+    for (const auto pass : {QuantizePass::kAmax, QuantizePass::kQuantize}) {
       if (pass == QuantizePass::kAmax && !tensor.find_amax) continue;
       const std::vector<int> mine = tickets_of(params, pass, which);
       CHECK(std::count(mine.begin(), mine.end(), -1) == 0);
@@ -70,8 +68,23 @@ void tickets_are_sound(const QuantizeParams& params) {
   CHECK(tickets == params.schedule.num_tickets);
 }
 
-// Groups hold as many bytes at every head dimension, those of a smoothed K as many tiles; one pass
-// takes all heads side by side. A smoothed K's second pass waits longer.
+// What a block has without a counter is the last pass over Q, which waits for nothing.
+void early_tickets(const QuantizeParams& params, const QuantizeBlocks& blocks) {
+  const QuantizeTensor& q = params.tensors[kQ];
+  const bool early = params.smooth_k && !q.find_amax;
+  const int count = params.first_draws * blocks.count * blocks.teams;
+  CHECK(early || count == 0);
+  CHECK(!early || count == kEarlyDraws * blocks.count * blocks.teams ||
+        q.order.num_tiles - count < blocks.count * blocks.teams);
+  std::int32_t segment = 0;
+  for (int ticket = 0; ticket < count; ++ticket) {
+    const QuantizeStream& stream = params.schedule.streams[params.schedule(ticket, segment).stream];
+    CHECK(stream.which == kQ && stream.pass == QuantizePass::kQuantize);
+  }
+}
+
+// Groups hold as many bytes at every head dimension; one pass takes all heads side by side. Where K
+// is smoothed, some of Q comes first.
 void groups() {
   for (int head_dim : {64, 96, 128, 256}) {
     for (int smooth : {0, 1}) {
@@ -88,8 +101,8 @@ void groups() {
         return plan.params.tensors[which].order.by_group.divisor;
       };
       const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
-      CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == (smooth ? 8 : 32));
-      schedule_quantize(100, &plan);
+      CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == 32);
+      schedule_quantize({100, 1, 1}, &plan);
       const auto starts = [&](int which) {
         std::vector<int> found;
         const QuantizeSchedule& s = plan.params.schedule;
@@ -98,10 +111,11 @@ void groups() {
         }
         return found;
       };
-      const int all = a.batch * 32 * 64;
-      CHECK(starts(kV) == (std::vector<int>{0, heads * 64 + 100}));
-      CHECK(starts(kK) ==
-            (smooth ? std::vector<int>{all, all + 512 + 300} : std::vector<int>{all}));
+      const int all = a.batch * 32 * 64, first = smooth ? 100 * kEarlyDraws : 0;
+      CHECK(starts(kV) == (std::vector<int>{first, first + heads * 64 + 100}));
+      CHECK(starts(kK) == std::vector<int>{first + all});
+      const int rest = first + 2 * all;
+      CHECK(starts(kQ) == (smooth ? std::vector<int>{0, rest} : std::vector<int>{rest}));
     }
   }
 }
@@ -120,7 +134,7 @@ void whole_tensors() {
   a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
   check::context = "tensors that share a scale";
   CHECK(plan_quantize(a, &plan).ok());
-  schedule_quantize(100, &plan);
+  schedule_quantize({100, 1, 1}, &plan);
   const QuantizeSchedule& s = plan.params.schedule;
   const int all = 32 * 64, kept = kKeptBytes / (2 * 128 * 128);
   CHECK(s.num_streams == 6);
@@ -161,8 +175,10 @@ void schedules() {
       a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<std::int32_t*>(call.memory);
     check::context = "schedule of round " + std::to_string(round);
     CHECK(plan_quantize(a, &plan).ok());
-    schedule_quantize(below(3) == 0 ? 0 : below(400), &plan);
+    const QuantizeBlocks blocks{1 + below(below(3) == 0 ? 4 : 300), 1 + below(2), 1 + below(5)};
+    schedule_quantize(blocks, &plan);
     tickets_are_sound(plan.params);
+    early_tickets(plan.params, blocks);
   }
 }
 
