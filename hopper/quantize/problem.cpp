@@ -308,15 +308,19 @@ void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
   std::int32_t time = schedule.add_last(kQ, 0, early, false, 0);
   // Tiles that blocks have in work among them.
   const int ahead = blocks.count * (blocks.stages + 1) / 2;
-  // What needs two passes comes first, so that no block ends up waiting for others' last tiles.
-  for (int which : {kV, kK, kQ}) {
+  // What needs two passes comes first, so that no block ends up waiting for others' last tiles. But
+  // of a smoothed K L2 has the end, unless K's tiles wait for V's.
+  const bool k_first = params.smooth_k && params.tensors[kV].scale != ScaleKind::kToken;
+  const int first = k_first ? kK : kV;
+  for (int which : {first, kV + kK - first, int{kQ}}) {
     const QuantizeTensor& tensor = params.tensors[which];
     if (tensor.find_amax) {
       time = schedule.add_both(which, tensor.order, tensor.scale == ScaleKind::kTensor,
                                kKeptBytes / tile_bytes(tensor), ahead, time);
     } else {
-      const std::int32_t first = which == kQ ? early : 0;
-      time = schedule.add_last(which, first, tensor.order.num_tiles - first, false, time);
+      const std::int32_t done = which == kQ ? early : 0;
+      const bool backwards = which == kK && k_first;
+      time = schedule.add_last(which, done, tensor.order.num_tiles - done, backwards, time);
     }
   }
   schedule.finish();

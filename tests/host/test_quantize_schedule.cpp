@@ -112,8 +112,9 @@ void groups() {
         return found;
       };
       const int all = a.batch * 32 * 64, first = smooth ? 100 * kEarlyDraws : 0;
-      CHECK(starts(kV) == (std::vector<int>{first, first + heads * 64 + 100}));
-      CHECK(starts(kK) == std::vector<int>{first + all});
+      const int of_v = smooth ? first + all : 0;
+      CHECK(starts(kV) == (std::vector<int>{of_v, of_v + heads * 64 + 100}));
+      CHECK(starts(kK) == std::vector<int>{smooth ? first : all});
       const int rest = first + 2 * all;
       CHECK(starts(kQ) == (smooth ? std::vector<int>{0, rest} : std::vector<int>{rest}));
     }
