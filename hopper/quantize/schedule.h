@@ -48,7 +48,7 @@ inline constexpr int kGroupBytes = 4 << 20;
 inline constexpr int kKeptBytes = 24 << 20;
 
 // While a smoothed K's mean is being made: so many tiles of Q a team.
-inline constexpr int kEarlyDraws = 4;
+inline constexpr int kEarlyDraws = 8;
 
 // group_tiles: of as many heads as side by side have at most so many tiles, but one at least.
 inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, int group_tiles) {
