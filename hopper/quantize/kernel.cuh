@@ -52,10 +52,8 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
 template <class Shape>
 __device__ void wait_for_tile(typename Shape::Shared& shared, int n) {
   const int stage = n % Shape::kStages, phase = n / Shape::kStages & 1;
-  // Where teams share a stage, a team may come here while the other one's tile is still on its way
-  // to it: both tiles of its own that come between may have overtaken that. The barrier would then
-  // be a phase behind, and look like one that is ahead. So that tile must have been read first.
-  if constexpr (Shape::kStages % Shape::kTeams != 0) shared.stage_empty[stage].wait(phase ^ 1);
+  constexpr bool kShared = quantize_geometry(Shape::kHeadDim).shares_stages();
+  if constexpr (kShared) shared.stage_empty[stage].wait(phase ^ 1);
   shared.stage_full[stage].wait(phase);
 }
 

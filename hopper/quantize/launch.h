@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "quantize/geometry.h"
 #include "quantize/params.h"
 
 namespace hopper_attention {
@@ -21,18 +22,6 @@ struct QuantizeLaunch {
   int max_blocks;  // of threads that run at a time
   cudaStream_t stream;
 };
-
-// What the host must know of an instance.
-struct QuantizeGeometry {
-  int rows_of_warp;  // tokens of a tile that a warp writes
-  int blocks_per_sm;
-  int stages;  // tiles that a block loads ahead
-  int teams;   // that work on a tile each
-};
-
-constexpr QuantizeGeometry quantize_geometry(int tile) {
-  return {2048 / tile, tile == 256 ? 1 : 2, tile == 64 ? 5 : 2, tile == 64 ? 2 : 1};
-}
 
 // What begins as zero, and K's mean. The kernel of launch_quantize may start meanwhile.
 cudaError_t launch_preparation(const QuantizeParams& params, const QuantizeLaunch& launch);

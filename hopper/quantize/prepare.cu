@@ -8,6 +8,7 @@ namespace {
 
 __global__ void __launch_bounds__(kSumThreads)
     clear_kernel(const __grid_constant__ QuantizeParams params) {
+  wait_for_last_kernel();
   let_next_start();
   clear(params);
 }
@@ -23,6 +24,9 @@ cudaError_t launch_preparation(const QuantizeParams& params, const QuantizeLaunc
       std::min<std::int64_t>((vectors + kSumThreads - 1) / kSumThreads, launch.max_blocks)));
   config.blockDim = dim3(kSumThreads);
   config.stream = launch.stream;
+  cudaLaunchAttribute attribute = early_start();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   if (!params.smooth_k) return cudaLaunchKernelEx(&config, clear_kernel, params);
   const std::int64_t tiles = (k.cu_seqlens != nullptr ? 1 : std::int64_t{k.batch}) * k.slots;
   if (tiles > 0) config.gridDim = dim3(static_cast<unsigned>(tiles * HeadsOfBlock(k).groups));
@@ -32,11 +36,8 @@ cudaError_t launch_preparation(const QuantizeParams& params, const QuantizeLaunc
   if (cudaError_t error = cudaLaunchKernelEx(&config, sum, params); error != cudaSuccess) {
     return error;
   }
-  cudaLaunchAttribute attribute = early_start();
   config.gridDim = dim3(static_cast<unsigned>(k.batch * k.heads));
   config.blockDim = dim3(kMeanThreads);
-  config.attrs = &attribute;
-  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, mean_kernel, params);
 }
 

@@ -169,6 +169,7 @@ template <class Element>
 __global__ void __launch_bounds__(kSumThreads, 4)
     sum_kernel(const __grid_constant__ QuantizeParams params) {
   __shared__ float4 of_warps[kSumWarps][64];
+  wait_for_last_kernel();
   let_next_start();
   clear(params);
   const QuantizeTensor& k = params.tensors[kK];

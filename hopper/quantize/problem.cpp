@@ -193,6 +193,13 @@ QuantizeTensor make_tensor(const Args& a, const View& v, ScaleKind scale) {
 
 int tile_bytes(const QuantizeTensor& tensor) { return 2 * kQuantizeTokens * tensor.head_dim; }
 
+// Tiles that blocks have in work among them: a second pass comes so much later than it must. Two
+// teams, whose tiles are half as large, learn of a head's last tile later (docs/quantizer.md).
+int tiles_ahead(const QuantizeBlocks& blocks, const QuantizeTensor& tensor) {
+  const int ahead = blocks.count * (blocks.stages + 1) / 2;
+  return tensor.scale == ScaleKind::kHead && blocks.teams > 1 ? ahead + ahead / 2 : ahead;
+}
+
 void set_rotation(const Args& a, QuantizeParams* params) {
   if (a.rotary_cos != nullptr) {
     params->rotary = {a.rotary_cos,
@@ -275,8 +282,9 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
           "batch x heads x sequence length is too large: more than 2^29 blocks "
           "of 128 tokens");
     }
-    const int group_tiles =
-        tensor.find_amax ? kGroupBytes / tile_bytes(tensor) : INT_MAX;  // one pass: all heads
+    // All heads side by side, whose rows are neighbours in memory, unless heads are waited for.
+    const bool by_head = tensor.find_amax && scale != ScaleKind::kTensor;
+    const int group_tiles = by_head ? kGroupBytes / tile_bytes(tensor) : INT_MAX;
     tensor.order = head_order(sequences, tensor.heads, tensor.slots, group_tiles);
   }
   set_rotation(a, &params);
@@ -299,28 +307,27 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
 void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
   QuantizeParams& params = plan->params;
   QuantizeSchedule& schedule = params.schedule = {};
-  // A smoothed K's mean is made before: meanwhile, blocks have tiles of Q that wait for nothing.
-  const QuantizeTensor& q = params.tensors[kQ];
+  const QuantizeTensor &v = params.tensors[kV], &q = params.tensors[kQ], &k = params.tensors[kK];
+  // Kernels before this one clear the workspace and make K's mean: meanwhile, blocks have tiles of
+  // Q that wait for nothing.
   const int at_once = blocks.count * blocks.teams;
-  const bool starts_early = params.smooth_k && !q.find_amax;
-  params.first_draws = starts_early ? std::min(kEarlyDraws, q.order.num_tiles / at_once) : 0;
+  const int draws = params.smooth_k ? kEarlyDrawsOfMean : kEarlyDraws;
+  params.first_draws = q.find_amax ? 0 : std::min(draws, q.order.num_tiles / at_once);
   const std::int32_t early = params.first_draws * at_once;
   std::int32_t time = schedule.add_last(kQ, 0, early, false, 0);
-  // Tiles that blocks have in work among them.
-  const int ahead = blocks.count * (blocks.stages + 1) / 2;
-  // What needs two passes comes first, so that no block ends up waiting for others' last tiles. But
-  // of a smoothed K L2 has the end, unless K's tiles wait for V's.
-  const bool k_first = params.smooth_k && params.tensors[kV].scale != ScaleKind::kToken;
-  const int first = k_first ? kK : kV;
-  for (int which : {first, kV + kK - first, int{kQ}}) {
+  // Two passes over V are bound by the workers, one over K by memory: they go side by side. L2 has
+  // the end of a K whose mean was made.
+  const bool beside = v.find_amax && !k.find_amax;
+  if (beside) schedule.add_last(kK, 0, k.order.num_tiles, params.smooth_k, time);
+  // What needs two passes comes before Q, so that no block ends up waiting for others' last tiles.
+  for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
     if (tensor.find_amax) {
       time = schedule.add_both(which, tensor.order, tensor.scale == ScaleKind::kTensor,
-                               kKeptBytes / tile_bytes(tensor), ahead, time);
-    } else {
+                               kKeptBytes / tile_bytes(tensor), tiles_ahead(blocks, tensor), time);
+    } else if (which != kK || !beside) {
       const std::int32_t done = which == kQ ? early : 0;
-      const bool backwards = which == kK && k_first;
-      time = schedule.add_last(which, done, tensor.order.num_tiles - done, backwards, time);
+      time = schedule.add_last(which, done, tensor.order.num_tiles - done, false, time);
     }
   }
   schedule.finish();

@@ -47,8 +47,8 @@ inline constexpr int kGroupBytes = 4 << 20;
 // Of a tensor that shares a scale, what L2 still has when its second pass begins with it.
 inline constexpr int kKeptBytes = 24 << 20;
 
-// While a smoothed K's mean is being made: so many tiles of Q a team.
-inline constexpr int kEarlyDraws = 8;
+// While the workspace is being cleared, or a smoothed K's mean made: so many tiles of Q a team.
+inline constexpr int kEarlyDraws = 4, kEarlyDrawsOfMean = 8;
 
 // group_tiles: of as many heads as side by side have at most so many tiles, but one at least.
 inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, int group_tiles) {
@@ -104,10 +104,12 @@ struct QuantizeSchedule {
     const ScheduleSegment& s = segments[segment];
     const std::int32_t at = ticket - s.first_ticket;
     const std::int32_t step = s.by_streams.quotient(at);
-    // Every other time the first is the last: a team that gets every other ticket has its share of
-    // all streams, of which some are less work.
+    // A team that gets every other ticket has its share of all streams, of which some are less
+    // work. Where they are an even number, every other time the first is the last.
     std::int32_t turn = at - step * s.by_streams.divisor;
-    if ((step & 1) != 0) turn = turn + 1 == s.by_streams.divisor ? 0 : turn + 1;
+    if ((step & 1 & ~s.by_streams.divisor) != 0) {
+      turn = turn + 1 == s.by_streams.divisor ? 0 : turn + 1;
+    }
     const std::int32_t index = s.streams[turn];
     const QuantizeStream& stream = streams[index];
     const std::int32_t tile = s.first_time + step - stream.start;

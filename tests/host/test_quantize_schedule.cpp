@@ -1,6 +1,7 @@
 // In which order the quantizer's tiles come, against brute force.
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -71,11 +72,10 @@ void tickets_are_sound(const QuantizeParams& params) {
 // What a block has without a counter is the last pass over Q, which waits for nothing.
 void early_tickets(const QuantizeParams& params, const QuantizeBlocks& blocks) {
   const QuantizeTensor& q = params.tensors[kQ];
-  const bool early = params.smooth_k && !q.find_amax;
-  const int count = params.first_draws * blocks.count * blocks.teams;
-  CHECK(early || count == 0);
-  CHECK(!early || count == kEarlyDraws * blocks.count * blocks.teams ||
-        q.order.num_tiles - count < blocks.count * blocks.teams);
+  const int at_once = blocks.count * blocks.teams, count = params.first_draws * at_once;
+  const int most = params.smooth_k ? kEarlyDrawsOfMean : kEarlyDraws;
+  CHECK(!q.find_amax || count == 0);
+  CHECK(q.find_amax || params.first_draws == most || q.order.num_tiles - count < at_once);
   std::int32_t segment = 0;
   for (int ticket = 0; ticket < count; ++ticket) {
     const QuantizeStream& stream = params.schedule.streams[params.schedule(ticket, segment).stream];
@@ -83,8 +83,32 @@ void early_tickets(const QuantizeParams& params, const QuantizeBlocks& blocks) {
   }
 }
 
-// Groups hold as many bytes at every head dimension; one pass takes all heads side by side. Where K
-// is smoothed, some of Q comes first.
+// While the same streams run, whoever has every other ticket has as many of each as of any other.
+void fair_turns(const QuantizeSchedule& schedule) {
+  for (int i = 0; i < schedule.num_segments; ++i) {
+    const bool last = i + 1 == schedule.num_segments;
+    const int end = last ? schedule.num_tickets : schedule.segments[i + 1].first_ticket;
+    int taken[2][QuantizeSchedule::kMaxStreams] = {};
+    std::int32_t segment = i;
+    for (int t = schedule.segments[i].first_ticket; t < end; ++t) {
+      ++taken[t % 2][schedule(t, segment).stream];
+      for (int n = 0; n < schedule.num_streams; ++n) CHECK(std::abs(taken[0][n] - taken[1][n]) < 3);
+    }
+  }
+}
+
+// When passes over a tensor start.
+std::vector<int> starts(const QuantizeSchedule& schedule, int which) {
+  std::vector<int> found;
+  for (int i = 0; i < schedule.num_streams; ++i) {
+    if (schedule.streams[i].which == which) found.push_back(schedule.streams[i].start);
+  }
+  return found;
+}
+
+// Groups hold as many bytes at every head dimension; one pass takes all heads side by side, and so
+// do passes over what shares a scale. K is beside V's two passes, backwards where it was read
+// before.
 void groups() {
   for (int head_dim : {64, 96, 128, 256}) {
     for (int smooth : {0, 1}) {
@@ -103,21 +127,42 @@ void groups() {
       const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
       CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == 32);
       schedule_quantize({100, 1, 1}, &plan);
-      const auto starts = [&](int which) {
-        std::vector<int> found;
-        const QuantizeSchedule& s = plan.params.schedule;
-        for (int i = 0; i < s.num_streams; ++i) {
-          if (s.streams[i].which == which) found.push_back(s.streams[i].start);
-        }
-        return found;
-      };
-      const int all = a.batch * 32 * 64, first = smooth ? 100 * kEarlyDraws : 0;
-      const int of_v = smooth ? first + all : 0;
-      CHECK(starts(kV) == (std::vector<int>{of_v, of_v + heads * 64 + 100}));
-      CHECK(starts(kK) == std::vector<int>{smooth ? first : all});
-      const int rest = first + 2 * all;
-      CHECK(starts(kQ) == (smooth ? std::vector<int>{0, rest} : std::vector<int>{rest}));
+      const QuantizeSchedule& s = plan.params.schedule;
+      const int all = a.batch * 32 * 64, first = 100 * (smooth ? kEarlyDrawsOfMean : kEarlyDraws);
+      CHECK(starts(s, kV) == (std::vector<int>{first, first + heads * 64 + 100}));
+      CHECK(starts(s, kK) == std::vector<int>{first});
+      CHECK(starts(s, kQ) == (std::vector<int>{0, first + all}));
+      for (const QuantizeStream& stream : s.streams) {
+        CHECK(stream.backwards == (smooth && stream.num_tiles > 0 && stream.which == kK));
+      }
+      // V's tokens have factors, which K's tiles finish: K comes later.
+      a.v_scale = HOPPER_ATTENTION_SCALE_TOKEN;
+      CHECK(plan_quantize(a, &plan).ok());
+      schedule_quantize({100, 1, 1}, &plan);
+      CHECK(starts(s, kK) == std::vector<int>{first + all});
+      a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+      CHECK(plan_quantize(a, &plan).ok() && group(kV) == 32);
     }
+  }
+}
+
+// Of what has a scale a head, two teams come back later than one.
+void leads() {
+  QuantizePlan plan;
+  Call call;
+  auto& a = call.args;
+  a.heads = a.heads_kv = 32;
+  a.seqlen_q = a.seqlen_k = 128 * 64;
+  a.head_dim = a.head_dim_v = 64;
+  a.qk_scale = HOPPER_ATTENTION_SCALE_HEAD;
+  check::context = "leads";
+  CHECK(plan_quantize(a, &plan).ok());
+  for (int teams : {1, 2}) {
+    schedule_quantize({100, teams, 3}, &plan);
+    const std::vector<int> of_k = starts(plan.params.schedule, kK);
+    const std::vector<int> of_v = starts(plan.params.schedule, kV);
+    CHECK(of_k.at(1) - of_k.at(0) == 4 * 64 + (teams == 1 ? 200 : 300));
+    CHECK(of_v.at(1) - of_v.at(0) == 4 * 64 + 200);
   }
 }
 
@@ -180,6 +225,7 @@ void schedules() {
     schedule_quantize(blocks, &plan);
     tickets_are_sound(plan.params);
     early_tickets(plan.params, blocks);
+    fair_turns(plan.params.schedule);
   }
 }
 
@@ -217,6 +263,7 @@ void head_orders() {
 int main() {
   head_orders();
   groups();
+  leads();
   whole_tensors();
   schedules();
   return check::result();
