@@ -75,20 +75,20 @@ template <class Shape>
 __device__ void take_columns(const QuantizeParams& params, typename Shape::Shared& shared, int n) {
   const QuantizeTensor& v = params.tensors[kV];
   const int team = team_idx<Shape>();
-  if (shared.wrote_rows[team]) {
-    if (thread_idx() % 32 == 0) cute::tma_store_wait<0>();
-    sync_team<Shape>();
-  }
   typename Shape::Slot& slot = shared.slot(n);
   const bool by_token = v.scale == ScaleKind::kToken;
+  OutLeft& left = shared.left[thread_idx() / 32];
   bool infinite;
   if (by_token) {
     bool own_infinite;
     const float inverse = find_token_scale<Shape>(params, slot, shared.stage(n), &own_infinite);
     const RowPlace<Shape> place;
     if (place.part == 0) shared.token_inverse[team][place.row] = inverse;
+    if (left == OutLeft::kRows && thread_idx() % 32 == 0) cute::tma_store_wait<0>();
     infinite = team_any<Shape>(own_infinite);
   } else {
+    if (left == OutLeft::kRows && thread_idx() % 32 == 0) cute::tma_store_wait<0>();
+    if (left != OutLeft::kNothing) sync_team<Shape>();
     infinite = slot.given_infinite;
   }
   const float* of_token = by_token ? shared.token_inverse[team] : nullptr;
@@ -100,9 +100,8 @@ __device__ void take_columns(const QuantizeParams& params, typename Shape::Share
   }
   shared.release_stage(n);
   sync_team<Shape>();
-  shared.wrote_rows[team] = false;
   store_channels<Shape>(v, shared.slot(n).task, shared.out[team]);
-  sync_team<Shape>();  // before anyone writes there again
+  left = OutLeft::kColumns;
 }
 
 }  // namespace hopper_attention

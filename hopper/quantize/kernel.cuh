@@ -27,7 +27,7 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
   const int thread = threadIdx.x;
   if (thread == 0) {
     shared.zero = 0;
-    for (bool& wrote : shared.wrote_rows) wrote = false;
+    for (OutLeft& left : shared.left) left = OutLeft::kNothing;
     for (auto& barrier : shared.stage_full) barrier.init(1);
     for (auto& barrier : shared.stage_empty) barrier.init(Shape::kTeamWarps);
     for (int slot = 0; slot < Shape::kSlots; ++slot) {

@@ -185,6 +185,40 @@ __device__ void publish_amax(const QuantizeParams& params, const typename Shape:
   announce(tensor.measured + task.dense_group(tensor));
 }
 
+// Tiles of a v whose tokens have scales, to be counted. Nobody waits for them soon, so that several
+// may go behind one fence, which waits for all that the block's writes need.
+class UncountedTiles {
+ public:
+  template <class Shape>
+  __device__ void add(const QuantizeTensor& v, const typename Shape::Slot& slot) {
+    const auto lane = static_cast<int>(thread_idx() % 32);
+    const std::uint32_t of_warp = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
+    const std::uint32_t bits = __reduce_max_sync(kAllLanes, of_warp);
+    if (lane == tiles_) {
+      group_ = static_cast<int>(slot.task.group(v));
+      counter_ = static_cast<int>(slot.task.dense_group(v));
+      bits_ = bits;
+    }
+    if (++tiles_ == kMost) count(v);
+  }
+
+  __device__ void count(const QuantizeTensor& v) {
+    if (static_cast<int>(thread_idx() % 32) < tiles_) {
+      if (bits_ > 0) atomicMax(v.amax + group_, bits_);
+      announce(v.measured + counter_);
+    }
+    __syncwarp();
+    tiles_ = 0;
+  }
+
+ private:
+  static constexpr int kMost = 8;
+  int tiles_ = 0;
+  // Of this lane's tile.
+  int group_ = 0, counter_ = 0;
+  std::uint32_t bits_ = 0;
+};
+
 // A warp ahead of the workers: brings what a task must know as soon as others have found it.
 template <class Shape>
 __device__ void fetch(const QuantizeParams& params, typename Shape::Shared& shared) {
@@ -208,12 +242,19 @@ __device__ void fetch(const QuantizeParams& params, typename Shape::Shared& shar
 template <class Shape>
 __device__ void publish(const QuantizeParams& params, typename Shape::Shared& shared) {
   PublishedMaxima maxima;
+  UncountedTiles uncounted;
+  const QuantizeTensor& v = params.tensors[kV];
   for (Ring<Shape::kSlots> ring;; ring.advance()) {
     shared.task_full[ring.stage].wait(ring.phase);
     const typename Shape::Slot& slot = shared.slots[ring.stage];
+    // Other tasks may wait for these tiles.
+    const bool measures_head = !slot.task.none() && slot.task.measures_head(params);
+    if (!measures_head) uncounted.count(v);
     if (slot.task.none()) break;
     shared.result_full[ring.stage].wait(ring.phase);
-    if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
+    if (measures_head) {
+      uncounted.add<Shape>(v, slot);
+    } else if (slot.task.pass == QuantizePass::kAmax) {
       publish_amax<Shape>(params, slot, maxima);
     }
     __syncwarp();

@@ -71,6 +71,10 @@ struct Task {
   }
 };
 
+// What may still be read where a team writes its next tile: rows, by TMA, a warp's at a time, or
+// channels, by all of the team.
+enum class OutLeft : std::int8_t { kNothing, kRows, kColumns };
+
 // Threads work in teams, each on a tile of its own, 64 elements a thread. Three warps serve them:
 // one draws tickets and loads, one fetches scales, one publishes what was measured.
 //
@@ -119,7 +123,7 @@ struct QuantizeShape {
     uint4 signs_of_lanes[kVectors];  // with a lane's elements of 4 vectors: (4 vectors, lane % 4)
     Slot slots[kSlots];
     float token_inverse[kTeams][kQuantizeTokens];
-    bool wrote_rows[kTeams];  // since the last transposed tile: TMA may still read `out`
+    OutLeft left[kWorkers / 32];  // each warp's own: what the last tile that it wrote left in `out`
 
     template <unsigned kCount>
     static __device__ unsigned at(int n) {
