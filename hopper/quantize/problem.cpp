@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <utility>
 
 #include "hopper_attention/mask.h"
 
@@ -200,6 +201,18 @@ int tiles_ahead(const QuantizeBlocks& blocks, const QuantizeTensor& tensor) {
   return tensor.scale == ScaleKind::kHead && blocks.teams > 1 ? ahead + ahead / 2 : ahead;
 }
 
+constexpr int kNobody = -1;
+
+// Whose only pass takes turns with V's two. Those keep workers busy and it keeps memory busy, but
+// it is also in the way of what L2 keeps for V's second pass, and two teams work less well on three
+// passes: each head dimension has what was fastest (docs/quantizer.md). What is left of a Q that
+// is less than a tile for everybody would be a last round in which some idle.
+int beside_v(const QuantizePlan& plan, bool little_of_q) {
+  const QuantizeTensor* t = plan.params.tensors;
+  const int best = plan.tile == 256 ? kK : plan.tile == 128 || little_of_q ? kQ : kNobody;
+  return t[kV].find_amax && best != kNobody && !t[best].find_amax ? best : kNobody;
+}
+
 void set_rotation(const Args& a, QuantizeParams* params) {
   if (a.rotary_cos != nullptr) {
     params->rotary = {a.rotary_cos,
@@ -315,19 +328,26 @@ void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
   params.first_draws = q.find_amax ? 0 : std::min(draws, q.order.num_tiles / at_once);
   const std::int32_t early = params.first_draws * at_once;
   std::int32_t time = schedule.add_last(kQ, 0, early, false, 0);
-  // Two passes over V are bound by the workers, one over K by memory: they go side by side. L2 has
-  // the end of a K whose mean was made.
-  const bool beside = v.find_amax && !k.find_amax;
-  if (beside) schedule.add_last(kK, 0, k.order.num_tiles, params.smooth_k, time);
+  // L2 has the end of a K whose mean was made, but its tiles finish the factors of V's tokens.
+  const bool k_first = params.smooth_k && !k.find_amax && v.scale != ScaleKind::kToken;
+  std::int32_t placed[3] = {};
+  placed[kQ] = early;
+  const auto place_rest = [&](int which) {
+    const std::int32_t all = params.tensors[which].order.num_tiles;
+    const std::int32_t first = std::exchange(placed[which], all);
+    return schedule.add_last(which, first, all - first, which == kK && k_first, time);
+  };
+  const int beside = beside_v(*plan, q.order.num_tiles - early < at_once);
+  if (k_first && beside != kK) time = place_rest(kK);
+  if (beside != kNobody) place_rest(beside);
   // What needs two passes comes before Q, so that no block ends up waiting for others' last tiles.
   for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
     if (tensor.find_amax) {
       time = schedule.add_both(which, tensor.order, tensor.scale == ScaleKind::kTensor,
                                kKeptBytes / tile_bytes(tensor), tiles_ahead(blocks, tensor), time);
-    } else if (which != kK || !beside) {
-      const std::int32_t done = which == kQ ? early : 0;
-      time = schedule.add_last(which, done, tensor.order.num_tiles - done, false, time);
+    } else {
+      time = place_rest(which);
     }
   }
   schedule.finish();

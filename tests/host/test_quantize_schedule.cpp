@@ -107,41 +107,66 @@ std::vector<int> starts(const QuantizeSchedule& schedule, int which) {
 }
 
 // Groups hold as many bytes at every head dimension; one pass takes all heads side by side, and so
-// do passes over what shares a scale. K is beside V's two passes, backwards where it was read
-// before.
+// do passes over what shares a scale.
 void groups() {
   for (int head_dim : {64, 96, 128, 256}) {
-    for (int smooth : {0, 1}) {
-      QuantizePlan plan;
-      Call call;
-      auto& a = call.args;
-      a.heads = a.heads_kv = 32;
-      a.head_dim = a.head_dim_v = head_dim;
-      a.seqlen_q = a.seqlen_k = 128 * 64;
-      a.smooth_k = smooth;
-      check::context = "groups of " + std::to_string(head_dim) + (smooth ? ", smooth" : "");
-      CHECK(plan_quantize(a, &plan).ok());
-      const auto group = [&](int which) {
-        return plan.params.tensors[which].order.by_group.divisor;
-      };
-      const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
-      CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == 32);
-      schedule_quantize({100, 1, 1}, &plan);
-      const QuantizeSchedule& s = plan.params.schedule;
-      const int all = a.batch * 32 * 64, first = 100 * (smooth ? kEarlyDrawsOfMean : kEarlyDraws);
-      CHECK(starts(s, kV) == (std::vector<int>{first, first + heads * 64 + 100}));
-      CHECK(starts(s, kK) == std::vector<int>{first});
-      CHECK(starts(s, kQ) == (std::vector<int>{0, first + all}));
-      for (const QuantizeStream& stream : s.streams) {
-        CHECK(stream.backwards == (smooth && stream.num_tiles > 0 && stream.which == kK));
+    QuantizePlan plan;
+    Call call;
+    auto& a = call.args;
+    a.heads = a.heads_kv = 32;
+    a.head_dim = a.head_dim_v = head_dim;
+    a.seqlen_q = a.seqlen_k = 128 * 64;
+    check::context = "groups of " + std::to_string(head_dim);
+    CHECK(plan_quantize(a, &plan).ok());
+    const auto group = [&](int which) { return plan.params.tensors[which].order.by_group.divisor; };
+    const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
+    CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == 32);
+    schedule_quantize({100, 1, 1}, &plan);
+    const int first = 100 * kEarlyDraws;
+    CHECK(starts(plan.params.schedule, kV) == (std::vector<int>{first, first + heads * 64 + 100}));
+    a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+    CHECK(plan_quantize(a, &plan).ok() && group(kV) == 32);
+  }
+}
+
+// Beside V's two passes is the rest of Q, or K, or nobody; a K that was read before is the first,
+// backwards, unless it finishes factors of V's tokens.
+void beside_v() {
+  for (int head_dim : {64, 128, 256}) {
+    for (int blocks : {100, 500}) {  // 4,096 tiles: of Q much is left, or little
+      for (int smooth : {0, 1}) {
+        QuantizePlan plan;
+        Call call;
+        auto& a = call.args;
+        a.batch = 1;
+        a.heads = a.heads_kv = 32;
+        a.head_dim = a.head_dim_v = head_dim;
+        a.seqlen_q = a.seqlen_k = 128 * 128;
+        a.smooth_k = smooth;
+        check::context = "beside V at " + std::to_string(head_dim) + ", " + std::to_string(blocks) +
+                         " blocks" + (smooth ? ", smooth" : "");
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
+        const QuantizeSchedule& s = plan.params.schedule;
+        const int all = 32 * 128, early = blocks * (smooth ? kEarlyDrawsOfMean : kEarlyDraws);
+        CHECK(early < all);
+        const bool k_beside = head_dim == 256;
+        const bool q_beside = head_dim == 128 || (head_dim == 64 && all - early < blocks);
+        const int of_v = early + (smooth && !k_beside ? all : 0);
+        CHECK(starts(s, kV).at(0) == of_v);
+        CHECK(starts(s, kK) == std::vector<int>{k_beside || smooth ? early : of_v + all});
+        const int of_q = q_beside ? of_v : k_beside || smooth ? of_v + all : of_v + 2 * all;
+        CHECK(starts(s, kQ) == (std::vector<int>{0, of_q}));
+        for (const QuantizeStream& stream : s.streams) {
+          CHECK(stream.backwards == (smooth && stream.num_tiles > 0 && stream.which == kK));
+        }
+        a.v_scale = HOPPER_ATTENTION_SCALE_TOKEN;
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
+        CHECK(starts(s, kV) == std::vector<int>{early});
+        CHECK(starts(s, kK) == std::vector<int>{early + all});
+        CHECK(starts(s, kQ) == (std::vector<int>{0, early + 2 * all}));
       }
-      // V's tokens have factors, which K's tiles finish: K comes later.
-      a.v_scale = HOPPER_ATTENTION_SCALE_TOKEN;
-      CHECK(plan_quantize(a, &plan).ok());
-      schedule_quantize({100, 1, 1}, &plan);
-      CHECK(starts(s, kK) == std::vector<int>{first + all});
-      a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
-      CHECK(plan_quantize(a, &plan).ok() && group(kV) == 32);
     }
   }
 }
@@ -263,6 +288,7 @@ void head_orders() {
 int main() {
   head_orders();
   groups();
+  beside_v();
   leads();
   whole_tensors();
   schedules();
