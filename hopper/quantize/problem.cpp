@@ -203,13 +203,15 @@ int tiles_ahead(const QuantizeBlocks& blocks, const QuantizeTensor& tensor) {
 
 constexpr int kNobody = -1;
 
-// Whose only pass takes turns with V's two. Those keep workers busy and it keeps memory busy, but
-// it is also in the way of what L2 keeps for V's second pass, and two teams work less well on three
-// passes: each head dimension has what was fastest (docs/quantizer.md). What is left of a Q that
-// is less than a tile for everybody would be a last round in which some idle.
+// Whose only pass takes turns with V's two. Where those raise maxima of channels they keep workers
+// busy, and it keeps memory busy; but it is also in the way of what L2 keeps for V's second pass,
+// and two teams work less well on three passes: each head dimension has what was fastest
+// (docs/quantizer.md). What is left of a Q that is less than a tile for everybody would be a last
+// round in which some idle.
 int beside_v(const QuantizePlan& plan, bool little_of_q) {
   const QuantizeTensor* t = plan.params.tensors;
-  const int best = plan.tile == 256 ? kK : plan.tile == 128 || little_of_q ? kQ : kNobody;
+  const bool of_q = (plan.tile == 128 && t[kV].scale == ScaleKind::kChannel) || little_of_q;
+  const int best = plan.tile == 256 ? kK : of_q ? kQ : kNobody;
   return t[kV].find_amax && best != kNobody && !t[best].find_amax ? best : kNobody;
 }
 

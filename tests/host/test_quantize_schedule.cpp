@@ -160,6 +160,11 @@ void beside_v() {
         for (const QuantizeStream& stream : s.streams) {
           CHECK(stream.backwards == (smooth && stream.num_tiles > 0 && stream.which == kK));
         }
+        a.v_scale = HOPPER_ATTENTION_SCALE_HEAD;  // no maxima of channels
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
+        const bool little = head_dim != 256 && all - early < blocks;
+        CHECK((starts(s, kQ).at(1) == starts(s, kV).at(0)) == little);
         a.v_scale = HOPPER_ATTENTION_SCALE_TOKEN;
         CHECK(plan_quantize(a, &plan).ok());
         schedule_quantize({blocks, 1, 1}, &plan);
