@@ -41,7 +41,9 @@ target_compile_options(hopper_attention PRIVATE
     --expt-relaxed-constexpr --use_fast_math "SHELL:-Xptxas -v"
     -Xcompiler=-Wall,-Wextra>)
 # The quantizer's roundings are defined to the bit: IEEE arithmetic, subnormals and all.
-set_source_files_properties("${PROJECT_SOURCE_DIR}/hopper/quantize/launch.cu" PROPERTIES
+set_source_files_properties(
+  "${PROJECT_SOURCE_DIR}/hopper/quantize/launch.cu"
+  "${PROJECT_SOURCE_DIR}/hopper/quantize/prepare.cu" PROPERTIES
   COMPILE_OPTIONS "--ftz=false;--prec-div=true;--fmad=false")
 # NDEBUG in every configuration: with CUTLASS's device assertions the kernels are far slower.
 target_compile_definitions(hopper_attention PRIVATE NDEBUG)

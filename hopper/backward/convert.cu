@@ -4,8 +4,8 @@
 
 #include <cstring>
 
-#include "backward/chain.h"
 #include "backward/query_block.cuh"
+#include "common/chain.h"
 
 namespace hopper_attention {
 namespace {

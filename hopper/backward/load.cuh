@@ -3,10 +3,10 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
-#include "backward/chain.h"
 #include "backward/params.h"
 #include "backward/traits.cuh"
 #include "common/barriers.cuh"
+#include "common/chain.h"
 #include "hopper_attention/backward_budget.h"
 #include "hopper_attention/query_steps.h"
 #include "hopper_attention/ragged.h"

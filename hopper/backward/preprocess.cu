@@ -5,9 +5,9 @@
 
 #include <cmath>
 
-#include "backward/chain.h"
 #include "backward/list_keys.cuh"
 #include "backward/query_block.cuh"
+#include "common/chain.h"
 
 namespace hopper_attention {
 namespace {

@@ -10,8 +10,8 @@ namespace hopper_attention {
 // permuted by its number, so that neither the writes nor the reads meet in a bank.
 template <class Shape>
 __device__ void transpose_half(const Task& task, bool infinite, const uint4* stage, int turn,
-                               const float (&of_channel)[8], const float* of_token,
-                               std::uint32_t* words) {
+                               const typename Shape::Slot& slot, bool by_channel,
+                               const float* of_token, std::uint32_t* words) {
   const ColumnPlace<Shape> place;
   float x[4][8];
 #pragma unroll
@@ -35,10 +35,15 @@ __device__ void transpose_half(const Task& task, bool infinite, const uint4* sta
       for (float& value : x[i]) value *= inverse;
     }
   } else {
+    const auto* values = reinterpret_cast<const float4*>(slot.values + 8 * place.vector);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int e = 0; e < 8; e += 4) {
+      float4 of = {slot.inverse, slot.inverse, slot.inverse, slot.inverse};
+      if (by_channel) of = values[e / 4];
 #pragma unroll
-      for (int e = 0; e < 8; ++e) x[i][e] *= of_channel[e];
+      for (int i = 0; i < 4; ++i) {
+        x[i][e] *= of.x, x[i][e + 1] *= of.y, x[i][e + 2] *= of.z, x[i][e + 3] *= of.w;
+      }
     }
   }
   const int column = 4 * (place.group(turn) ^ (place.vector % 8)) + place.quad;
@@ -70,40 +75,33 @@ template <class Shape>
 __device__ void take_columns(const QuantizeParams& params, typename Shape::Shared& shared, int n) {
   const QuantizeTensor& v = params.tensors[kV];
   const int team = team_idx<Shape>();
-  if (shared.wrote_rows[team]) {
-    if (thread_idx() % 32 == 0) cute::tma_store_wait<0>();
-    sync_team<Shape>();
-  }
   typename Shape::Slot& slot = shared.slot(n);
   const bool by_token = v.scale == ScaleKind::kToken;
+  OutLeft& left = shared.left[thread_idx() / 32];
   bool infinite;
-  float of_channel[8];
   if (by_token) {
     bool own_infinite;
     const float inverse = find_token_scale<Shape>(params, slot, shared.stage(n), &own_infinite);
     const RowPlace<Shape> place;
     if (place.part == 0) shared.token_inverse[team][place.row] = inverse;
+    if (left == OutLeft::kRows && thread_idx() % 32 == 0) cute::tma_store_wait<0>();
     infinite = team_any<Shape>(own_infinite);
   } else {
+    if (left == OutLeft::kRows && thread_idx() % 32 == 0) cute::tma_store_wait<0>();
+    if (left != OutLeft::kNothing) sync_team<Shape>();
     infinite = slot.given_infinite;
-    const ColumnPlace<Shape> place;
-    const bool own = v.scale == ScaleKind::kChannel;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      of_channel[e] = own ? slot.values[8 * place.vector + e] : slot.inverse;
-    }
   }
   const float* of_token = by_token ? shared.token_inverse[team] : nullptr;
   auto* words = reinterpret_cast<std::uint32_t*>(shared.out[team]);
 #pragma unroll
   for (int turn = 0; turn < 2; ++turn) {
-    transpose_half<Shape>(slot.task, infinite, shared.stage(n), turn, of_channel, of_token, words);
+    transpose_half<Shape>(slot.task, infinite, shared.stage(n), turn, slot,
+                          v.scale == ScaleKind::kChannel, of_token, words);
   }
   shared.release_stage(n);
   sync_team<Shape>();
-  shared.wrote_rows[team] = false;
   store_channels<Shape>(v, shared.slot(n).task, shared.out[team]);
-  sync_team<Shape>();  // before anyone writes there again
+  left = OutLeft::kColumns;
 }
 
 }  // namespace hopper_attention

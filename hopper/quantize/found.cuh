@@ -98,14 +98,11 @@ class KnownScales {
   __device__ bool has_given(const QuantizeParams& params, const Task& task) {
     const QuantizeTensor& tensor = params.tensors[task.which];
     if (task.given_scale(tensor) && !has_scale(tensor, task)) return false;
-    if (task.subtracts_mean(params) && !has_all(params.k_summed, tensor, task, kMean)) return false;
     const QuantizeTensor& v = params.tensors[kV];
     return !task.finishes_factors(params) || has_all(v.measured, v, task, kV);
   }
 
  private:
-  static constexpr int kMean = 3;  // beside QuantizeWhich
-
   // A block's tasks come back to the same heads: a lane remembers one that is complete.
   __device__ bool recalls(std::int64_t key, Found* found) const {
     const int lane = static_cast<int>(key % 32);
@@ -133,8 +130,8 @@ class KnownScales {
 
   // Whether all tiles of a head are counted, those of packed sequences together.
   __device__ bool has_all(const std::uint32_t* counters, const QuantizeTensor& tensor,
-                          const Task& task, int what) {
-    const std::int64_t group = task.dense_group(tensor), key = 4 * group + what;
+                          const Task& task, int which) {
+    const std::int64_t group = task.dense_group(tensor), key = 4 * group + which;
     Found none;
     if (recalls(key, &none)) return true;
     bool all = false;

@@ -27,7 +27,7 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
   const int thread = threadIdx.x;
   if (thread == 0) {
     shared.zero = 0;
-    for (bool& wrote : shared.wrote_rows) wrote = false;
+    for (OutLeft& left : shared.left) left = OutLeft::kNothing;
     for (auto& barrier : shared.stage_full) barrier.init(1);
     for (auto& barrier : shared.stage_empty) barrier.init(Shape::kTeamWarps);
     for (int slot = 0; slot < Shape::kSlots; ++slot) {
@@ -52,10 +52,8 @@ __device__ void initialize(const QuantizeParams& params, typename Shape::Shared&
 template <class Shape>
 __device__ void wait_for_tile(typename Shape::Shared& shared, int n) {
   const int stage = n % Shape::kStages, phase = n / Shape::kStages & 1;
-  // Where teams share a stage, a team may come here while the other one's tile is still on its way
-  // to it: both tiles of its own that come between may have overtaken that. The barrier would then
-  // be a phase behind, and look like one that is ahead. So that tile must have been read first.
-  if constexpr (Shape::kStages % Shape::kTeams != 0) shared.stage_empty[stage].wait(phase ^ 1);
+  constexpr bool kShared = quantize_geometry(Shape::kHeadDim).shares_stages();
+  if constexpr (kShared) shared.stage_empty[stage].wait(phase ^ 1);
   shared.stage_full[stage].wait(phase);
 }
 
@@ -70,10 +68,7 @@ __device__ void take(const QuantizeParams& params, const QuantizeMaps& maps,
   if (task.given_scale(tensor) || task.subtracts_mean(params)) {
     shared.given_full[n % Shape::kSlots].wait(n / Shape::kSlots & 1);
   }
-  if (task.pass == QuantizePass::kSum) {
-    measure_sums<Shape>(params, shared.slot(n), shared.stage(n));
-    shared.release_stage(n);
-  } else if (task.pass == QuantizePass::kAmax && !task.transforms(params)) {
+  if (task.pass == QuantizePass::kAmax && !task.transforms(params)) {
     measure_amax<Shape>(tensor, shared.slot(n), shared.stage(n));
     shared.release_stage(n);
   } else if (task.pass == QuantizePass::kQuantize && task.which == kV && params.v_transposed) {

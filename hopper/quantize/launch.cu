@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/chain.h"
 #include "common/launch.cuh"
 #include "quantize/kernel.cuh"
 
@@ -19,11 +20,13 @@ cudaError_t launch_shape(const QuantizeParams& params, const QuantizeMaps& maps,
   const cudaError_t error = allow_shared_memory(kernel, kBytes, launch.device, asked);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(std::min(
-      {params.schedule.num_tickets, kMaxQuantizeBlocks, launch.num_sms * Shape::kBlocksPerSm}));
+  config.gridDim = dim3(std::min(params.schedule.num_tickets, launch.max_blocks));
   config.blockDim = dim3(Shape::kThreads);
   config.dynamicSmemBytes = kBytes;
   config.stream = launch.stream;
+  cudaLaunchAttribute attribute = early_start();
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return cudaLaunchKernelEx(&config, kernel, params, maps);
 }
 

@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include "quantize/geometry.h"
 #include "quantize/params.h"
 
 namespace hopper_attention {
@@ -18,20 +19,12 @@ struct QuantizeLaunch {
   int tile;       // head dimension that the instance is compiled for: 64, 128 or 256
   bool bfloat16;  // or fp16
   int device;
-  int num_sms;
+  int max_blocks;  // of threads that run at a time
   cudaStream_t stream;
 };
 
-// What the host must know of an instance.
-struct QuantizeGeometry {
-  int rows_of_warp;  // tokens of a tile that a warp writes
-  int blocks_per_sm;
-  int stages;  // tiles that a block loads ahead
-};
-
-constexpr QuantizeGeometry quantize_geometry(int tile) {
-  return {2048 / tile, tile == 256 ? 1 : 2, tile == 64 ? 5 : 2};
-}
+// What begins as zero, and K's mean. The kernel of launch_quantize may start meanwhile.
+cudaError_t launch_preparation(const QuantizeParams& params, const QuantizeLaunch& launch);
 
 cudaError_t launch_quantize(const QuantizeParams& params, const QuantizeMaps& maps,
                             const QuantizeLaunch& launch);

@@ -110,17 +110,25 @@ __device__ void rotate_pairs(const QuantizeRotary& rotary, int position, int vec
   }
 }
 
-// A vector of a row of q or k after rotary embedding, if there is any.
-template <class Element>
-__device__ void load_rotated(const QuantizeRotary& rotary, int position, const uint4* stage,
-                             int row, int vector, float (&x)[8]) {
-  const uint4* own = stage + vector_place(row, vector);
+// A row of a tile in shared memory.
+struct StageRow {
+  const uint4* stage;
+  int row;
+  __device__ const uint4* operator()(int vector) const { return stage + vector_place(row, vector); }
+};
+
+// A vector of a row of q or k after rotary embedding, if there is any. row(vector): in shared
+// memory.
+template <class Element, class Row>
+__device__ void load_rotated(const QuantizeRotary& rotary, int position, const Row& row, int vector,
+                             float (&x)[8]) {
+  const uint4* own = row(vector);
   const int half = rotary.dim / 16;  // in vectors
   if (vector >= 2 * half) {
     unpack<Element>(*own, x);
   } else if (position >= 0) {
     const int other = vector < half ? vector + half : vector - half;
-    rotate_pairs<Element>(rotary, position, vector, own, stage + vector_place(row, other), x);
+    rotate_pairs<Element>(rotary, position, vector, own, row(other), x);
   } else {
 #pragma unroll
     for (float& value : x) value = __uint_as_float(0x7fffffffu);
@@ -169,7 +177,8 @@ __device__ void load_row(const QuantizeParams& params, const Task& task, const u
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const RowPlace<Shape> place;
-      load_rotated<Element>(params.rotary, position, stage, place.row, place.vector(i), x[i]);
+      load_rotated<Element>(params.rotary, position, StageRow{stage, place.row}, place.vector(i),
+                            x[i]);
       const uint4 sign = signs[place.vector(i)];
       flip(x[i][0], x[i][1], sign.x);
       flip(x[i][2], x[i][3], sign.y);

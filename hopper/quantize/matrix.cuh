@@ -36,15 +36,6 @@ __device__ inline uint4 load_matrices(const uint4* from) {
   return words;
 }
 
-__device__ inline uint4 load_transposed(const uint4* from) {
-  uint4 words;
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
-               : "r"(cute::cast_smem_ptr_to_uint(from))
-               : "memory");
-  return words;
-}
-
 // A lane names a row of 16 bytes of one of four matrices: its matrix is lane / 8.
 __device__ inline void store_transposed(uint4* to, const std::uint32_t (&words)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(

@@ -1,9 +1,8 @@
-// What is found from the elements as they came. Passes that do no more look for largest magnitudes
-// and K's sums: a thread has 8 channels of 8 rows. The last pass over v looks for those of tokens.
+// Largest magnitudes of elements as they came. Passes that do no more have 8 channels of 8 rows a
+// thread. The last pass over v looks for those of tokens.
 #pragma once
 
 #include "quantize/load.cuh"
-#include "quantize/matrix.cuh"
 #include "quantize/transform.cuh"
 
 namespace hopper_attention {
@@ -154,127 +153,6 @@ __device__ float find_token_scale(const QuantizeParams& params, typename Shape::
   const std::uint32_t of_warp = warp_largest(amax);
   if (place.thread % 32 == 0) slot.result[place.warp] = __uint_as_float(of_warp);
   return inverse_of(amax);
-}
-
-// Whether what a Hadamard transform mixes with this vector has a number that is not finite.
-template <class Element>
-__device__ bool spoiled(const QuantizeParams& params, int position, const uint4* stage, int row,
-                        int vector) {
-  const int mixed = params.hadamard_log2 > 3 ? 1 << (params.hadamard_log2 - 3) : 1;  // vectors
-  bool found = false;
-#pragma unroll 1
-  for (int m = 0; m < mixed; ++m) {
-    float x[8];
-    load_rotated<Element>(params.rotary, position, stage, row, vector / mixed * mixed + m, x);
-#pragma unroll
-    for (float value : x) found |= !(fabsf(value) < INFINITY);
-  }
-  return found;
-}
-
-// The words of two rows, below and above, without those of others.
-__device__ inline std::uint32_t keep_rows(std::uint32_t words, int row, int rows) {
-  return row + 1 < rows ? words : row < rows ? words & 0xffffu : 0;
-}
-
-// Sums of a warp's 16 channels over the tile, as they came: the tensor cores add up 16 rows at a
-// time. A lane has four channels, (8 c + 2 (lane % 4), and the next), c = 0, 1.
-template <class Shape>
-__device__ void sum_by_matrices(const Task& task, const uint4* stage, float (&sum)[4]) {
-  using Element = typename Shape::Element;
-  const int thread = team_thread<Shape>(), lane = thread % 32;
-  const uint4* from = stage + vector_place(lane % 16, thread / 32 * 2 + lane / 16);
-  constexpr std::uint32_t kOnes = kOne<Element> * 0x10001u;
-#pragma unroll
-  for (int first = 0; first < kQuantizeTokens; first += 16) {
-    uint4 words = load_transposed(from + 8 * first);
-    if (task.rows < kQuantizeTokens) {
-      const int row = first + lane % 4 * 2;
-      words.x = keep_rows(words.x, row, task.rows);
-      words.y = keep_rows(words.y, row + 8, task.rows);
-      words.z = keep_rows(words.z, row, task.rows);
-      words.w = keep_rows(words.w, row + 8, task.rows);
-    }
-    float low[4], high[4];
-    multiply({kOnes, kOnes, kOnes, kOnes}, words.x, words.y, low, Element{});
-    multiply({kOnes, kOnes, kOnes, kOnes}, words.z, words.w, high, Element{});
-    sum[0] += low[0], sum[1] += low[1], sum[2] += high[0], sum[3] += high[1];
-  }
-}
-
-// The same after rotary embedding; where only_finite, without what would not be finite after the
-// Hadamard transform.
-template <class Shape>
-__device__ void sum_of_rotated_rows(const QuantizeParams& params, const Task& task,
-                                    const uint4* stage, bool only_finite, float (&sum)[8]) {
-  using Element = typename Shape::Element;
-  const MeasurePlace<Shape> place;
-#pragma unroll 1
-  for (int row = place.first_row; row < task.rows; row += 16) {
-    const int position = rotary_position(params, task, row);
-    float x[8];
-    load_rotated<Element>(params.rotary, position, stage, row, place.vector, x);
-    if (only_finite) {
-      const bool mixes = params.hadamard_log2 > 0;
-      if (mixes && spoiled<Element>(params, position, stage, row, place.vector)) continue;
-#pragma unroll
-      for (float& value : x) value = fabsf(value) < INFINITY ? value : 0.0f;
-    }
-#pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] += x[e];
-  }
-}
-
-// Whether anyone of the team has a number that is not finite.
-template <class Shape, int kCount>
-__device__ bool any_infinite(const float (&sum)[kCount]) {
-  bool finite = true;
-#pragma unroll
-  for (float value : sum) finite &= fabsf(value) < INFINITY;
-  return team_any<Shape>(!finite);
-}
-
-// K's sums over the tile, before signs and Hadamard, which are taken of their mean: both are
-// linear. All warps store them; the publishing warp only counts the tile.
-template <class Shape>
-__device__ void measure_sums(const QuantizeParams& params, typename Shape::Slot& slot,
-                             const uint4* stage) {
-  const MeasurePlace<Shape> place;
-  const int head_dim = params.tensors[kK].head_dim;
-  float* sums = partial_sums(params, slot.task);
-  if (params.rotary.dim == 0) {
-    float of[4] = {};
-    sum_by_matrices<Shape>(slot.task, stage, of);
-    if (!any_infinite<Shape>(of)) {
-      if (place.thread % 32 >= 4 || slot.task.rows <= 0) return;
-      const int channel = place.thread / 32 * 16 + place.thread % 32 * 2;
-      auto* to = reinterpret_cast<float2*>(sums + channel);
-      if (channel < head_dim) to[0] = {of[0], of[1]};
-      if (channel + 8 < head_dim) to[4] = {of[2], of[3]};
-      return;
-    }
-  }
-  float sum[8] = {};
-  bool only_finite = params.rotary.dim == 0;
-  if (!only_finite) {
-    sum_of_rotated_rows<Shape>(params, slot.task, stage, false, sum);
-    only_finite = any_infinite<Shape>(sum);
-  }
-  if (only_finite) {
-#pragma unroll
-    for (float& value : sum) value = 0.0f;
-    sum_of_rotated_rows<Shape>(params, slot.task, stage, true, sum);
-  }
-  __syncwarp();
-#pragma unroll
-  for (int step = 1; step < 16; step *= 2) {
-#pragma unroll
-    for (float& value : sum) value += __shfl_xor_sync(kAllLanes, value, step);
-  }
-  if (place.first_row != 0 || slot.task.rows <= 0 || 8 * place.vector >= head_dim) return;
-  auto* to = reinterpret_cast<float4*>(sums + 8 * place.vector);
-  to[0] = {sum[0], sum[1], sum[2], sum[3]};
-  to[1] = {sum[4], sum[5], sum[6], sum[7]};
 }
 
 }  // namespace hopper_attention

@@ -263,10 +263,9 @@ __device__ void take_mixed(const QuantizeParams& params, const QuantizeMaps& map
   const Task& task = shared.slot(n).task;
   const int team = team_idx<Shape>();
   const bool by_row = params.tensors[task.which].scale == ScaleKind::kToken;
-  uint4* out = begin_rows<Shape>(shared.out[team]);
+  uint4* out = begin_rows<Shape>(shared);
   write_mixed<Shape>(out, x, scale, by_row ? shared.token_inverse[team] : nullptr);
   send_rows<Shape>(params.tensors[task.which], maps.out[task.which], task, out);
-  shared.wrote_rows[team] = true;
 }
 
 }  // namespace hopper_attention

@@ -52,12 +52,14 @@ struct QuantizeParams {
   std::uint32_t sign_bits[8];
   bool v_transposed;
   bool smooth_k;
-  float* v_token_factor;           // (batch, heads_kv, seqlen_k); may be null
-  float* k_mean;                   // (batch, heads_kv, head_dim); may be null
-  float* k_partial;                // workspace: (batch, heads_kv, slots, head_dim)
-  std::uint32_t* k_blocks_summed;  // workspace, see QuantizeWorkspace
-  std::uint32_t* k_sums_summed;    // likewise
-  std::uint32_t* k_summed;         // likewise
+  float* v_token_factor;  // (batch, heads_kv, seqlen_k); may be null
+  float* k_mean;          // (batch, heads_kv, head_dim); may be null
+  float* k_partial;       // workspace: (batch or 1, heads_kv, slots, head_dim)
+  std::uint32_t* zeros;   // workspace: what begins as zero
+  std::int64_t num_zeros;
+  // Tickets that a block has without the counter of those, which may not be zero yet: it need not
+  // wait for the kernels before.
+  std::int32_t first_draws;
 };
 
 }  // namespace hopper_attention

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <climits>
 #include <cmath>
+#include <utility>
 
 #include "hopper_attention/mask.h"
 
@@ -193,6 +194,27 @@ QuantizeTensor make_tensor(const Args& a, const View& v, ScaleKind scale) {
 
 int tile_bytes(const QuantizeTensor& tensor) { return 2 * kQuantizeTokens * tensor.head_dim; }
 
+// Tiles that blocks have in work among them: a second pass comes so much later than it must. Two
+// teams, whose tiles are half as large, learn of a head's last tile later (docs/quantizer.md).
+int tiles_ahead(const QuantizeBlocks& blocks, const QuantizeTensor& tensor) {
+  const int ahead = blocks.count * (blocks.stages + 1) / 2;
+  return tensor.scale == ScaleKind::kHead && blocks.teams > 1 ? ahead + ahead / 2 : ahead;
+}
+
+constexpr int kNobody = -1;
+
+// Whose only pass takes turns with V's two. Where those raise maxima of channels they keep workers
+// busy, and it keeps memory busy; but it is also in the way of what L2 keeps for V's second pass,
+// and two teams work less well on three passes: each head dimension has what was fastest
+// (docs/quantizer.md). What is left of a Q that is less than a tile for everybody would be a last
+// round in which some idle.
+int beside_v(const QuantizePlan& plan, bool little_of_q) {
+  const QuantizeTensor* t = plan.params.tensors;
+  const bool of_q = (plan.tile == 128 && t[kV].scale == ScaleKind::kChannel) || little_of_q;
+  const int best = plan.tile == 256 ? kK : of_q ? kQ : kNobody;
+  return t[kV].find_amax && best != kNobody && !t[best].find_amax ? best : kNobody;
+}
+
 void set_rotation(const Args& a, QuantizeParams* params) {
   if (a.rotary_cos != nullptr) {
     params->rotary = {a.rotary_cos,
@@ -275,23 +297,21 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
           "batch x heads x sequence length is too large: more than 2^29 blocks "
           "of 128 tokens");
     }
-    const bool sums = which == kK && a.smooth_k != 0;
-    const int group_tiles = sums               ? kSmoothGroupTiles
-                            : tensor.find_amax ? kGroupBytes / tile_bytes(tensor)
-                                               : INT_MAX;  // one pass: all heads
+    // All heads side by side, whose rows are neighbours in memory, unless heads are waited for.
+    const bool by_head = tensor.find_amax && scale != ScaleKind::kTensor;
+    const int group_tiles = by_head ? kGroupBytes / tile_bytes(tensor) : INT_MAX;
     tensor.order = head_order(sequences, tensor.heads, tensor.slots, group_tiles);
   }
   set_rotation(a, &params);
   params.ticket = words + w.ticket;
+  params.zeros = words;
+  params.num_zeros = w.zero_words;
   params.v_transposed = a.v_transposed != 0;
   params.v_token_factor = a.v_token_factor;
-  params.smooth_k = a.smooth_k != 0;
+  params.smooth_k = a.smooth_k != 0 && a.heads_kv > 0;
   if (params.smooth_k) {
     params.k_mean = a.k_mean;
     params.k_partial = reinterpret_cast<float*>(words + w.k_partial);
-    params.k_blocks_summed = words + w.k_blocks_summed;
-    params.k_sums_summed = words + w.k_sums_summed;
-    params.k_summed = words + w.k_summed;
   }
   const int head_dim =
       std::max(a.heads > 0 || a.heads_kv > 0 ? a.head_dim : 0, a.heads_kv > 0 ? a.head_dim_v : 0);
@@ -299,16 +319,38 @@ Status plan_quantize(const Args& a, QuantizePlan* plan) {
   return {};
 }
 
-void schedule_quantize(int ahead, QuantizePlan* plan) {
+void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
   QuantizeParams& params = plan->params;
   QuantizeSchedule& schedule = params.schedule = {};
-  std::int32_t time = 0;
-  // What needs two passes comes first, so that no block ends up waiting for others' last tiles.
+  const QuantizeTensor &v = params.tensors[kV], &q = params.tensors[kQ], &k = params.tensors[kK];
+  // Kernels before this one clear the workspace and make K's mean: meanwhile, blocks have tiles of
+  // Q that wait for nothing.
+  const int at_once = blocks.count * blocks.teams;
+  const int draws = params.smooth_k ? kEarlyDrawsOfMean : kEarlyDraws;
+  params.first_draws = q.find_amax ? 0 : std::min(draws, q.order.num_tiles / at_once);
+  const std::int32_t early = params.first_draws * at_once;
+  std::int32_t time = schedule.add_last(kQ, 0, early, false, 0);
+  // L2 has the end of a K whose mean was made, but its tiles finish the factors of V's tokens.
+  const bool k_first = params.smooth_k && !k.find_amax && v.scale != ScaleKind::kToken;
+  std::int32_t placed[3] = {};
+  placed[kQ] = early;
+  const auto place_rest = [&](int which) {
+    const std::int32_t all = params.tensors[which].order.num_tiles;
+    const std::int32_t first = std::exchange(placed[which], all);
+    return schedule.add_last(which, first, all - first, which == kK && k_first, time);
+  };
+  const int beside = beside_v(*plan, q.order.num_tiles - early < at_once);
+  if (k_first && beside != kK) time = place_rest(kK);
+  if (beside != kNobody) place_rest(beside);
+  // What needs two passes comes before Q, so that no block ends up waiting for others' last tiles.
   for (int which : {kV, kK, kQ}) {
     const QuantizeTensor& tensor = params.tensors[which];
-    time = schedule.add(which, tensor.order, which == kK && params.smooth_k, tensor.find_amax,
-                        tensor.scale == ScaleKind::kTensor, kKeptBytes / tile_bytes(tensor), ahead,
-                        time);
+    if (tensor.find_amax) {
+      time = schedule.add_both(which, tensor.order, tensor.scale == ScaleKind::kTensor,
+                               kKeptBytes / tile_bytes(tensor), tiles_ahead(blocks, tensor), time);
+    } else {
+      time = place_rest(which);
+    }
   }
   schedule.finish();
 }

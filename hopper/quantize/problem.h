@@ -25,7 +25,13 @@ struct QuantizePlan {
 // than can be counted.
 Status plan_quantize(const hopper_attention_quantize_args& args, QuantizePlan* plan);
 
-// The order of the tiles, for blocks that have `ahead` tiles in work among them.
-void schedule_quantize(int ahead, QuantizePlan* plan);
+// The blocks of threads that run at a time, of how many teams each, and how many tiles a block
+// loads ahead.
+struct QuantizeBlocks {
+  int count, teams, stages;
+};
+
+// The order of the tiles.
+void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan);
 
 }  // namespace hopper_attention

@@ -1,4 +1,6 @@
-// The quantizer's entry points: check -> plan -> descriptors -> memset, one kernel.
+// The quantizer's entry points: check -> plan -> descriptors -> kernels.
+#include <algorithm>
+
 #include "common/tensor_map.h"
 #include "entry.h"
 #include "quantize/launch.h"
@@ -57,13 +59,13 @@ Status quantize(const hopper_attention_quantize_args& args) {
   QuantizePlan plan;
   if (Status status = plan_quantize(args, &plan); !status.ok()) return status;
   const QuantizeGeometry geometry = quantize_geometry(plan.tile);
-  schedule_quantize(num_sms * geometry.blocks_per_sm * (geometry.stages + 1) / 2, &plan);
-  const QuantizeLaunch launch{plan.tile, args.dtype == HOPPER_ATTENTION_BFLOAT16, device, num_sms,
-                              static_cast<cudaStream_t>(args.stream)};
+  const int max_blocks = std::min(kMaxQuantizeBlocks, num_sms * geometry.blocks_per_sm);
+  schedule_quantize({max_blocks, geometry.teams, geometry.stages}, &plan);
+  const QuantizeLaunch launch{plan.tile, args.dtype == HOPPER_ATTENTION_BFLOAT16, device,
+                              max_blocks, static_cast<cudaStream_t>(args.stream)};
   QuantizeMaps maps{};
   if (Status status = encode_maps(plan, launch.bfloat16, &maps); !status.ok()) return status;
-  cudaError_t error = cudaMemsetAsync(
-      args.workspace, 0, plan.workspace.zero_words * sizeof(std::uint32_t), launch.stream);
+  cudaError_t error = launch_preparation(plan.params, launch);
   if (error == cudaSuccess) error = launch_quantize(plan.params, maps, launch);
   return error == cudaSuccess ? Status{} : cuda_failure("quantize", error);
 }

@@ -54,13 +54,16 @@ __device__ void store_some_rows(const QuantizeTensor& tensor, const Task& task, 
   __syncwarp();
 }
 
-// A warp's part of `out`, when its last rows have left it.
+// A warp's part of `out`, when what was there has been read.
 template <class Shape>
-__device__ uint4* begin_rows(uint4* team_out) {
+__device__ uint4* begin_rows(typename Shape::Shared& shared) {
   const RowPlace<Shape> place;
+  OutLeft& left = shared.left[thread_idx() / 32];
+  if (left == OutLeft::kColumns) sync_team<Shape>();
   if (place.thread % 32 == 0) cute::tma_store_wait<0>();
   __syncwarp();
-  return team_out + place.warp * 128;
+  left = OutLeft::kRows;
+  return shared.out[team_idx<Shape>()] + place.warp * 128;
 }
 
 // From there to memory.
@@ -90,9 +93,9 @@ __device__ void send_rows(const QuantizeTensor& tensor, const CUtensorMap& map, 
 // x, scaled to e4m3's range, to memory. of_channels: scales of their own, or null.
 template <class Shape>
 __device__ void store_row(const QuantizeParams& params, const CUtensorMap& map, const Task& task,
-                          uint4* team_out, float scale, const float* of_channels,
+                          typename Shape::Shared& shared, float scale, const float* of_channels,
                           const float (&x)[8][8]) {
-  uint4* out = begin_rows<Shape>(team_out);
+  uint4* out = begin_rows<Shape>(shared);
   const RowPlace<Shape> place;
 #pragma unroll
   for (int c = 0; c < 4; ++c) {
@@ -174,10 +177,8 @@ __device__ void take_rows(const QuantizeParams& params, const QuantizeMaps& maps
     }
     scale *= own_scale<Shape>(params, slot, amax);
   }
-  const int team = team_idx<Shape>();
-  store_row<Shape>(params, maps.out[slot.task.which], slot.task, shared.out[team], scale,
+  store_row<Shape>(params, maps.out[slot.task.which], slot.task, shared, scale,
                    by_channel ? slot.values : nullptr, x);
-  shared.wrote_rows[team] = true;
 }
 
 }  // namespace hopper_attention

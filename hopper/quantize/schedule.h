@@ -14,7 +14,7 @@
 
 namespace hopper_attention {
 
-enum class QuantizePass : std::int32_t { kSum, kAmax, kQuantize };
+enum class QuantizePass : std::int32_t { kAmax, kQuantize };
 
 // The order of a tensor's tiles: (heads / group, slot, head of the group), the last the fastest,
 // batch before them all.
@@ -47,10 +47,8 @@ inline constexpr int kGroupBytes = 4 << 20;
 // Of a tensor that shares a scale, what L2 still has when its second pass begins with it.
 inline constexpr int kKeptBytes = 24 << 20;
 
-// Of a tensor whose mean is subtracted. A mean is there some time after the last sum that is in it,
-// so more heads side by side and a longer lead are worth more than what L2 keeps.
-inline constexpr int kSmoothGroupTiles = 512;
-inline constexpr int kSmoothLead = 3;  // times that of other passes
+// While the workspace is being cleared, or a smoothed K's mean made: so many tiles of Q a team.
+inline constexpr int kEarlyDraws = 4, kEarlyDrawsOfMean = 8;
 
 // group_tiles: of as many heads as side by side have at most so many tiles, but one at least.
 inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, int group_tiles) {
@@ -66,11 +64,12 @@ inline HeadOrder head_order(std::int64_t sequences, int heads, int slots, int gr
   return order;
 }
 
-// A pass over a tensor takes one tile a unit of time from its start.
+// A pass over a tensor, or over some of its tiles, takes one tile a unit of time from its start.
 struct QuantizeStream {
   std::int32_t which;  // QuantizeWhich
   QuantizePass pass;
   std::int32_t start;
+  std::int32_t first_tile;
   std::int32_t num_tiles;
   bool backwards;
   std::int32_t kept_from;  // the tiles from here on stay in L2 for the next pass
@@ -85,7 +84,7 @@ struct ScheduleSegment {
 };
 
 struct QuantizeSchedule {
-  static constexpr int kMaxStreams = 7;
+  static constexpr int kMaxStreams = 6;
   std::int32_t num_tickets = 0;
   std::int32_t num_streams = 0;
   std::int32_t num_segments = 0;
@@ -105,40 +104,41 @@ struct QuantizeSchedule {
     const ScheduleSegment& s = segments[segment];
     const std::int32_t at = ticket - s.first_ticket;
     const std::int32_t step = s.by_streams.quotient(at);
-    // Every other time the first is the last: a team that gets every other ticket has its share of
-    // all streams, of which some are less work.
+    // A team that gets every other ticket has its share of all streams, of which some are less
+    // work. Where they are an even number, every other time the first is the last.
     std::int32_t turn = at - step * s.by_streams.divisor;
-    if ((step & 1) != 0) turn = turn + 1 == s.by_streams.divisor ? 0 : turn + 1;
+    if ((step & 1 & ~s.by_streams.divisor) != 0) {
+      turn = turn + 1 == s.by_streams.divisor ? 0 : turn + 1;
+    }
     const std::int32_t index = s.streams[turn];
     const QuantizeStream& stream = streams[index];
     const std::int32_t tile = s.first_time + step - stream.start;
-    return {index, stream.backwards ? stream.num_tiles - 1 - tile : tile, tile >= stream.kept_from};
+    return {index, stream.first_tile + (stream.backwards ? stream.num_tiles - 1 - tile : tile),
+            tile >= stream.kept_from};
   }
 
-  // Passes over one tensor, from `time` on; returns when the next tensor may begin. A tile of a
-  // pass waits for all of its heads' in the one before, or for all of the tensor's where they share
-  // a scale: that pass goes backwards, since L2 has the end of a tensor. ahead: how many tiles
-  // sooner than they must the first ones come, so that nobody has to wait for them.
-  std::int32_t add(int which, const HeadOrder& order, bool sum, bool amax, bool whole,
-                   int kept_tiles, int ahead, std::int32_t time) {
+  // Both passes over one tensor, from `time` on; returns when the next tensor may begin. A tile of
+  // a pass waits for all of its heads' in the one before, or for all of the tensor's where they
+  // share a scale: that pass goes backwards, since L2 has the end of a tensor. ahead: how many
+  // tiles sooner than they must the first ones come, so that nobody has to wait for them.
+  std::int32_t add_both(int which, const HeadOrder& order, bool whole, int kept_tiles, int ahead,
+                        std::int32_t time) {
     const std::int32_t n = order.num_tiles;
     if (n == 0) return time;
-    const auto lead = [&](std::int64_t tiles) {
-      return static_cast<std::int32_t>(
-          std::min<std::int64_t>(n, order.by_group_tiles.divisor + tiles));
-    };
-    std::int32_t start = time;
-    const auto pass = [&](QuantizePass kind, std::int32_t until_next) {
-      const bool last = kind == QuantizePass::kQuantize;
-      const bool all = whole && kind == QuantizePass::kAmax;
-      const std::int32_t lost = last ? n : all ? std::max(0, n - kept_tiles) : 0;
-      streams[num_streams++] = {which, kind, start, n, whole && amax && last, lost};
-      start += until_next;
-    };
-    if (sum) pass(QuantizePass::kSum, lead(std::int64_t{kSmoothLead} * ahead));
-    if (amax) pass(QuantizePass::kAmax, whole ? n + ahead : lead(ahead));
-    pass(QuantizePass::kQuantize, 0);
+    const std::int64_t group = std::int64_t{order.by_group_tiles.divisor} + ahead;
+    const auto lead = static_cast<std::int32_t>(std::min<std::int64_t>(n, group));
+    const std::int32_t kept_from = whole ? std::max(0, n - kept_tiles) : 0;
+    streams[num_streams++] = {which, QuantizePass::kAmax, time, 0, n, false, kept_from};
+    add_last(which, 0, n, whole, time + (whole ? n + ahead : lead));
     return time + n;
+  }
+
+  // The last pass, or the only one, over some tiles.
+  std::int32_t add_last(int which, std::int32_t first, std::int32_t count, bool backwards,
+                        std::int32_t time) {
+    if (count == 0) return time;
+    streams[num_streams++] = {which, QuantizePass::kQuantize, time, first, count, backwards, count};
+    return time + count;
   }
 
   // Segments from streams, when all are there.

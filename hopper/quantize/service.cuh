@@ -2,6 +2,7 @@
 // know first, and one publishes what it found. None keeps a worker waiting for memory.
 #pragma once
 
+#include "common/chain.h"
 #include "quantize/found.cuh"
 #include "quantize/load.cuh"
 #include "quantize/transform.cuh"
@@ -18,7 +19,7 @@ __device__ void load_tile(const QuantizeParams& params, const QuantizeMaps& maps
     return;
   }
   const auto hint =
-      task.kept ? cute::TMA::CacheHintSm90::EVICT_NORMAL : cute::TMA::CacheHintSm90::EVICT_FIRST;
+      task.kept ? cute::TMA::CacheHintSm90::EVICT_LAST : cute::TMA::CacheHintSm90::EVICT_FIRST;
   full.arrive_and_expect_tx(kQuantizeTokens * Shape::kHeadDim * 2);
 #pragma unroll
   for (int part = 0; part < Shape::kParts; ++part) {
@@ -43,7 +44,15 @@ __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& map
   Ring<Shape::kStages> stage;
   for (int before = 0; before < lane; ++before) ring.advance(), stage.advance();
   int segment = 0;
-  const auto draw = [&] { return atomicAdd(params.ticket, static_cast<std::uint32_t>(kLanes)); };
+  // What begins as zero and K's mean are there when the wait is over: the first tickets, which are
+  // a block's by its number, need neither.
+  int draws = 0;
+  const auto draw = [&]() -> std::uint32_t {
+    if (draws < params.first_draws) return (draws++ * gridDim.x + blockIdx.x) * kLanes;
+    if (draws++ == params.first_draws) wait_for_last_kernel();
+    return params.first_draws * gridDim.x * kLanes +
+           atomicAdd(params.ticket, static_cast<std::uint32_t>(kLanes));
+  };
   std::uint32_t drawn = lane == 0 ? draw() : 0;
   bool more = true, told = false;
   while (more) {
@@ -74,20 +83,9 @@ __device__ void load_tiles(const QuantizeParams& params, const QuantizeMaps& map
   }
 }
 
-// Adds 1 after all that this thread knows of has been written, and returns what was there.
-__device__ inline std::uint32_t count(std::uint32_t* to) {
-  std::uint32_t before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(to) : "memory");
-  return before;
-}
-
-// The same for those who need no answer.
+// Adds 1 after all that this thread knows of has been written.
 __device__ inline void announce(std::uint32_t* to) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(to) : "memory");
-}
-
-__device__ inline int blocks_of(int seqlen) {
-  return (seqlen + kQuantizeTokens - 1) / kQuantizeTokens;
 }
 
 // Scales of channels: all loads are under way before the first is waited for.
@@ -113,19 +111,15 @@ __device__ void fetch_channels(const QuantizeTensor& tensor, const Task& task, f
 template <class Shape>
 __device__ void fetch_mean(const QuantizeParams& params, const Task& task, float* mean) {
   const int lane = thread_idx() % 32, head_dim = params.tensors[kK].head_dim;
-  float* from = params.k_mean + task.group(params.tensors[kK]) * head_dim;
+  const float* from = params.k_mean + task.group(params.tensors[kK]) * head_dim;
   float value[Shape::kHeadDim / 32];
 #pragma unroll
   for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
     const int c = lane + 32 * i;
-    value[i] = c < head_dim && task.seqlen > 0 ? __ldcg(from + c) : 0.0f;
+    value[i] = c < head_dim ? __ldcg(from + c) : 0.0f;
   }
 #pragma unroll
-  for (int i = 0; i < Shape::kHeadDim / 32; ++i) {
-    const int c = lane + 32 * i;
-    mean[c] = value[i];
-    if (c < head_dim && task.seqlen == 0) from[c] = 0.0f;
-  }
+  for (int i = 0; i < Shape::kHeadDim / 32; ++i) mean[lane + 32 * i] = value[i];
 }
 
 // v_token_factor of the tokens that a tile of k has, where v's tiles left the largest |x|.
@@ -191,105 +185,39 @@ __device__ void publish_amax(const QuantizeParams& params, const typename Shape:
   announce(tensor.measured + task.dense_group(tensor));
 }
 
-// The sum of `count` rows of floats that lie `stride` apart, 2 channels of them.
-__device__ inline double2 add_up(const float* from, int stride, int count) {
-  double2 sum{};
-#pragma unroll 8
-  for (int n = 0; n < count; ++n) {
-    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
-    sum.x += x.x, sum.y += x.y;
-    from += stride;
-  }
-  return sum;
-}
-
-// From the mean of K as it came to that of K as it is quantized, by a warp.
-__device__ inline void rotate_mean(const QuantizeParams& params, int head_dim, float* mean) {
-  const int lane = thread_idx() % 32;
-#pragma unroll 1
-  for (int c = lane; c < head_dim; c += 32) {
-    if (params.sign_bits[c / 32] >> c % 32 & 1) mean[c] = -mean[c];
-  }
-#pragma unroll 1
-  for (int stage = 0; stage < params.hadamard_log2; ++stage) {
-    const int stride = 1 << stage;
-    __syncwarp();
-#pragma unroll 1
-    for (int pair = lane; pair < head_dim / 2; pair += 32) {
-      const int c = 2 * pair - (pair & (stride - 1));
-      butterfly(mean[c], mean[c + stride]);
+// Tiles of a v whose tokens have scales, to be counted. Nobody waits for them soon, so that several
+// may go behind one fence, which waits for all that the block's writes need.
+class UncountedTiles {
+ public:
+  template <class Shape>
+  __device__ void add(const QuantizeTensor& v, const typename Shape::Slot& slot) {
+    const auto lane = static_cast<int>(thread_idx() % 32);
+    const std::uint32_t of_warp = __float_as_uint(slot.result[lane % Shape::kTeamWarps]);
+    const std::uint32_t bits = __reduce_max_sync(kAllLanes, of_warp);
+    if (lane == tiles_) {
+      group_ = static_cast<int>(slot.task.group(v));
+      counter_ = static_cast<int>(slot.task.dense_group(v));
+      bits_ = bits;
     }
+    if (++tiles_ == kMost) count(v);
   }
-  __syncwarp();
-}
 
-// Counts a block whose sum of K is stored. Whoever completes kMeanBlocks of a sequence adds those
-// up, and whoever completes the sequence makes the mean: always in the same order. Returns who did.
-// What follows from the task is worked out where it is needed, and not kept in registers.
-template <class Shape>
-__device__ bool add_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
-                        float* mean) {
-  const Task& task = slot.task;
-  const QuantizeTensor& k = params.tensors[kK];
-  const int lane = thread_idx() % 32;
-  const auto block = [&] { return task.first / kQuantizeTokens; };
-  // Of the first block that is added up with this one, among all heads'.
-  const auto first = [&] {
-    return task.dense_group(k) * k.slots + task.slot - block() % kMeanBlocks;
-  };
-  const auto together = [&] {
-    return min(blocks_of(task.seqlen) - block() / kMeanBlocks * kMeanBlocks, kMeanBlocks);
-  };
-  const auto sums = [&] { return (blocks_of(task.seqlen) + kMeanBlocks - 1) / kMeanBlocks; };
-  const auto is_last = [&](std::uint32_t* counter, int of) {
-    __syncwarp();
-    std::uint32_t before = 0;
-    if (lane == 0) before = count(counter);
-    __syncwarp();
-    return __shfl_sync(kAllLanes, before, 0) + 1 == static_cast<std::uint32_t>(of);
-  };
-  if (!is_last(params.k_blocks_summed + first(), together())) return false;
-  float* partial = params.k_partial + first() * k.head_dim;
-#pragma unroll 1
-  for (int c = 2 * lane; c < k.head_dim; c += 64) {
-    const double2 sum = add_up(partial + c, k.head_dim, together());
-    const float2 rounded = {static_cast<float>(sum.x), static_cast<float>(sum.y)};
-    *reinterpret_cast<float2*>(partial + c) = rounded;
-  }
-  if (!is_last(params.k_sums_summed + task.group(k), sums())) return false;
-  partial = partial_sums(params, task) - static_cast<std::int64_t>(block()) * k.head_dim;
-#pragma unroll 1
-  for (int c = 2 * lane; c < k.head_dim; c += 64) {
-    const double2 sum = add_up(partial + c, kMeanBlocks * k.head_dim, sums());
-    mean[c] = static_cast<float>(sum.x / task.seqlen);
-    mean[c + 1] = static_cast<float>(sum.y / task.seqlen);
-  }
-  __syncwarp();
-  if (params.hadamard_log2 > 0) rotate_mean(params, k.head_dim, mean);
-#pragma unroll 1
-  for (int c = lane; c < k.head_dim; c += 32) {
-    const float value = params.hadamard_log2 > 0 ? mean[c] * params.hadamard_scale : mean[c];
-    // Where the sum overflows, K stays as it is.
-    params.k_mean[task.group(k) * k.head_dim + c] = fabsf(value) < INFINITY ? value : 0.0f;
-  }
-  return true;
-}
-
-template <class Shape>
-__device__ void publish_sum(const QuantizeParams& params, const typename Shape::Slot& slot,
-                            float* mean) {
-  const bool made_mean = slot.task.rows > 0 && add_sum<Shape>(params, slot, mean);
-  __syncwarp();
-  if (thread_idx() % 32 == 0) {
-    std::uint32_t* summed = params.k_summed + slot.task.dense_group(params.tensors[kK]);
-    // The others' sums are released already, to who makes the mean.
-    if (made_mean) {
-      announce(summed);
-    } else {
-      atomicAdd(summed, 1u);
+  __device__ void count(const QuantizeTensor& v) {
+    if (static_cast<int>(thread_idx() % 32) < tiles_) {
+      if (bits_ > 0) atomicMax(v.amax + group_, bits_);
+      announce(v.measured + counter_);
     }
+    __syncwarp();
+    tiles_ = 0;
   }
-}
+
+ private:
+  static constexpr int kMost = 8;
+  int tiles_ = 0;
+  // Of this lane's tile.
+  int group_ = 0, counter_ = 0;
+  std::uint32_t bits_ = 0;
+};
 
 // A warp ahead of the workers: brings what a task must know as soon as others have found it.
 template <class Shape>
@@ -314,15 +242,21 @@ __device__ void fetch(const QuantizeParams& params, typename Shape::Shared& shar
 template <class Shape>
 __device__ void publish(const QuantizeParams& params, typename Shape::Shared& shared) {
   PublishedMaxima maxima;
+  UncountedTiles uncounted;
+  const QuantizeTensor& v = params.tensors[kV];
   for (Ring<Shape::kSlots> ring;; ring.advance()) {
     shared.task_full[ring.stage].wait(ring.phase);
     const typename Shape::Slot& slot = shared.slots[ring.stage];
+    // Other tasks may wait for these tiles.
+    const bool measures_head = !slot.task.none() && slot.task.measures_head(params);
+    if (!measures_head) uncounted.count(v);
     if (slot.task.none()) break;
     shared.result_full[ring.stage].wait(ring.phase);
-    if (slot.task.pass == QuantizePass::kAmax || slot.task.measures_head(params)) {
+    if (measures_head) {
+      uncounted.add<Shape>(v, slot);
+    } else if (slot.task.pass == QuantizePass::kAmax) {
       publish_amax<Shape>(params, slot, maxima);
     }
-    if (slot.task.pass == QuantizePass::kSum) publish_sum<Shape>(params, slot, shared.mean);
     __syncwarp();
     arrive_warp(shared.task_empty[ring.stage]);
   }

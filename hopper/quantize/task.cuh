@@ -50,7 +50,7 @@ struct Task {
     return tensor.cu_seqlens != nullptr ? head : group(tensor);
   }
   __device__ bool subtracts_mean(const QuantizeParams& params) const {
-    return which == kK && params.smooth_k && pass != QuantizePass::kSum;
+    return which == kK && params.smooth_k;
   }
   __device__ bool transforms(const QuantizeParams& params) const {
     const bool rotates = params.hadamard_log2 > 0 || params.rotary.dim > 0;
@@ -71,11 +71,9 @@ struct Task {
   }
 };
 
-// Where K's sums over a tile go.
-__device__ inline float* partial_sums(const QuantizeParams& params, const Task& task) {
-  const QuantizeTensor& k = params.tensors[kK];
-  return params.k_partial + (task.dense_group(k) * k.slots + task.slot) * k.head_dim;
-}
+// What may still be read where a team writes its next tile: rows, by TMA, a warp's at a time, or
+// channels, by all of the team.
+enum class OutLeft : std::int8_t { kNothing, kRows, kColumns };
 
 // Threads work in teams, each on a tile of its own, 64 elements a thread. Three warps serve them:
 // one draws tickets and loads, one fetches scales, one publishes what was measured.
@@ -90,7 +88,7 @@ struct QuantizeShape {
   static constexpr int kParts = kHeadDim / 64;   // 64 channels of all rows are a slab of TMA's
   static constexpr int kTeamThreads = 2 * kHeadDim;
   static constexpr int kTeamWarps = kTeamThreads / 32;
-  static constexpr int kTeams = kHeadDim == 64 ? 2 : 1;
+  static constexpr int kTeams = quantize_geometry(kHeadDim).teams;
   static constexpr int kWorkers = kTeams * kTeamThreads;
   static constexpr int kThreads = kWorkers + 128;  // the serving warps, and one that leaves
   static constexpr int kBlocksPerSm = quantize_geometry(kHeadDim).blocks_per_sm;
@@ -124,9 +122,8 @@ struct QuantizeShape {
     uint4 signs[kVectors];           // to be xored with 8 elements
     uint4 signs_of_lanes[kVectors];  // with a lane's elements of 4 vectors: (4 vectors, lane % 4)
     Slot slots[kSlots];
-    float mean[kHeadDim];
     float token_inverse[kTeams][kQuantizeTokens];
-    bool wrote_rows[kTeams];  // since the last transposed tile: TMA may still read `out`
+    OutLeft left[kWorkers / 32];  // each warp's own: what the last tile that it wrote left in `out`
 
     template <unsigned kCount>
     static __device__ unsigned at(int n) {
@@ -232,6 +229,17 @@ __device__ inline void locate_packed(const QuantizeTensor& tensor, Task& task) {
   task.memory = begin + task.first;
 }
 
+// A task's tokens, from its slot.
+__device__ inline void locate(const QuantizeTensor& tensor, Task& task) {
+  if (tensor.cu_seqlens != nullptr) {
+    locate_packed(tensor, task);
+  } else {
+    task.seqlen = tensor.seqlen;
+    task.memory = task.first = task.slot * kQuantizeTokens;
+  }
+  task.rows = min(task.seqlen - task.first, kQuantizeTokens);
+}
+
 __device__ inline Task make_task(const QuantizeParams& params, int ticket, int& segment) {
   Task task{};
   task.which = -1;
@@ -246,13 +254,7 @@ __device__ inline Task make_task(const QuantizeParams& params, int ticket, int& 
   task.head = tile.head;
   task.sequence = tile.sequence;
   task.slot = tile.slot;
-  if (tensor.cu_seqlens != nullptr) {
-    locate_packed(tensor, task);
-  } else {
-    task.seqlen = tensor.seqlen;
-    task.memory = task.first = task.slot * kQuantizeTokens;
-  }
-  task.rows = min(task.seqlen - task.first, kQuantizeTokens);
+  locate(tensor, task);
   task.asks =
       task.given_scale(tensor) || task.subtracts_mean(params) || task.finishes_factors(params);
   return task;

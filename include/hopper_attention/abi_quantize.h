@@ -96,7 +96,7 @@ typedef struct hopper_attention_quantize_args {
   void* stream;     // cudaStream_t; null is the default stream
 } hopper_attention_quantize_args;
 
-// Enqueues one memset and one kernel.
+// Enqueues two kernels; three where K is smoothed.
 HOPPER_ATTENTION_API hopper_attention_status
 hopper_attention_quantize(const hopper_attention_quantize_args* args);
 

@@ -51,9 +51,6 @@ constexpr int hadamard_log2(int head_dim) {
   return log2;
 }
 
-// Sums of K's blocks are added up by as many, then those sums: the order settles the rounding.
-inline constexpr int kMeanBlocks = 16;
-
 // More blocks of threads than run at a time on any of these cards; there are no more.
 inline constexpr int kMaxQuantizeBlocks = 512;
 
@@ -65,9 +62,8 @@ struct QuantizeExtent {
   ScaleKind qk_scale, v_scale;
 };
 
-// The workspace, in words. First what is zero before the first tile: the number of the next ticket;
-// what tiles of q, k and v found; and how many of K's sums are there. Then the sums of K over each
-// block of tokens.
+// The workspace, in words. First what is zero before the first tile: the number of the next ticket,
+// and what tiles of q, k and v found. Then the sums of K over each block of tokens.
 //
 // Where a head or a tensor shares a scale, `found` has two words a tile or two a block of threads,
 // see found.cuh. For scales of channels, and those of heads that v's tokens refer to, all tiles
@@ -77,10 +73,7 @@ struct QuantizeWorkspace {
     std::int64_t found = 0, measured = 0, infinite = 0, amax = 0;
   };
   std::int64_t ticket = 0;
-  Tensor tensors[3];                 // by QuantizeWhich
-  std::int64_t k_blocks_summed = 0;  // (head, slot): of the kMeanBlocks that begin there
-  std::int64_t k_sums_summed = 0;    // (sequence, head): of such sums
-  std::int64_t k_summed = 0;         // tiles of a head whose sums are dealt with
+  Tensor tensors[3];  // by QuantizeWhich
   std::int64_t zero_words = 0;
   std::int64_t k_partial = 0;
   std::int64_t words = 0;
@@ -112,12 +105,8 @@ constexpr QuantizeWorkspace quantize_workspace(const QuantizeExtent& of) {
     tensor.infinite = take(groups);
     tensor.amax = take(scale == ScaleKind::kChannel ? groups * of.head_dim_v : groups);
   }
-  const std::int64_t blocks = of.smooth_k ? sequences * of.heads_kv * of.slots_k : 0;
-  w.k_blocks_summed = take(blocks);
-  w.k_sums_summed = take(of.smooth_k ? of.batch * of.heads_kv : 0);
-  w.k_summed = take(of.smooth_k ? of.batch * of.heads_kv : 0);
   w.zero_words = end;
-  w.k_partial = take(blocks * of.head_dim);
+  w.k_partial = take(of.smooth_k ? sequences * of.heads_kv * of.slots_k * of.head_dim : 0);
   w.words = end;
   return w;
 }

@@ -33,8 +33,8 @@ def quantize(
 ) -> Quantized:
     """Quantizes Q, K and V to e4m3, on a Hopper GPU or on the CPU.
 
-    On the GPU one kernel does it; where a scale needs all of a tensor, head or channel, it looks at
-    the elements twice.
+    On the GPU one kernel does it, behind K's mean where that is asked for; where a scale needs all
+    of a tensor, head or channel, it looks at the elements twice.
     Finite values saturate; NaN and infinities become NaN, and take no part in scales and means.
 
     Args:

@@ -6,7 +6,16 @@ from itertools import pairwise
 import pytest
 import torch
 from checking import DEVICE
-from quantize_checking import bits, check, in_pytorch, on_the_card, random_qkv, recipe_name
+from quantize_checking import (
+    assert_same,
+    bits,
+    check,
+    in_cpu_memory,
+    in_pytorch,
+    on_the_card,
+    random_qkv,
+    recipe_name,
+)
 
 from hopper_attention.quantize import quantize
 from hopper_attention.recipe import Fp8Recipe
@@ -170,8 +179,38 @@ def test_groups_of_smoothed_heads(shape):
     )
 
 
+@pytest.mark.parametrize("v_scale", ["channel", "token"])
+@pytest.mark.parametrize("shape", [(64, 34_000), (128, 9_000), (256, 18_000)], ids=str)
+def test_queries_that_come_before_the_mean(shape, v_scale):
+    # One or several tiles for each block of threads
+    head_dim, seqlen = shape
+    q, k, v = shifted(*random_qkv(seqlen, 3000, head_dim=head_dim, batch=1))
+    check_smoothed(q, k, v, Fp8Recipe(v_scale=v_scale, smooth_k=True))
+
+
+def test_calls_behind_each_other():
+    # A call's kernels start before those ahead of them have ended, and share a workspace
+    recipes = [
+        Fp8Recipe(smooth_k=True),
+        Fp8Recipe(),
+        Fp8Recipe("head", smooth_k=True),
+        Fp8Recipe("tensor", "tensor"),
+        Fp8Recipe("token", "token", smooth_k=True),
+    ]
+    tensors = [
+        shifted(*random_qkv(seqlen_q, seqlen_k, head_dim=64, seed=seqlen_q))
+        for seqlen_q, seqlen_k in ((18_000, 3000), (200, 20_000), (1000, 1500))
+    ]
+    calls = [(*qkv, recipe) for recipe in recipes for qkv in tensors]
+    expected = [in_cpu_memory(quantize(*call)) for call in calls]
+    for _ in range(3):
+        found = [quantize(*call) for call in calls]
+        for mine, alone in zip(found, expected, strict=True):
+            assert_same(mine, alone)
+
+
 def test_smoothing_of_rotated_keys():
-    # After rotary embedding K is summed by a pass of its own
+    # After rotary embedding K is summed in another way
     q, k, v = shifted(*random_qkv(seqlen_k=700))
     angles = torch.randn(700, 32, device=DEVICE) * 3
     options = {"rotary_cos": angles.cos(), "rotary_sin": angles.sin()}

@@ -124,7 +124,7 @@ void plans() {
   CHECK(plan.tile == 128);
   CHECK(plan.params.tensors[kQ].order.num_tiles == 2 * 4 * 1);
   CHECK(plan.params.tensors[kK].order.num_tiles == 2 * 2 * 3);
-  schedule_quantize(100, &plan);
+  schedule_quantize({100, 1, 1}, &plan);
   CHECK(plan.params.schedule.num_tickets == 8 + 12 + 2 * 12);
   CHECK(plan.params.tensors[kV].find_amax && !plan.params.tensors[kQ].find_amax);
   CHECK(plan.params.tensors[kQ].aligned);
@@ -138,8 +138,8 @@ void plans() {
   std::memset(call.args.sign_bits, 0xff, sizeof(call.args.sign_bits));
   CHECK(plan_quantize(call.args, &plan).ok());
   CHECK(plan.tile == 256);
-  schedule_quantize(100, &plan);
-  CHECK(plan.params.schedule.num_tickets == 2 * 8 + 3 * 12 + 2 * 12);
+  schedule_quantize({100, 1, 1}, &plan);
+  CHECK(plan.params.schedule.num_tickets == 2 * (8 + 12 + 12));
   CHECK(!plan.params.tensors[kQ].aligned && plan.params.tensors[kK].aligned);
   CHECK(plan.params.hadamard_log2 == 5);
   CHECK(plan.params.hadamard_scale == static_cast<float>(1.0 / std::sqrt(32.0)));
@@ -182,21 +182,18 @@ void workspace(const QuantizeExtent& of) {
       parts.push_back({tensor.amax, scale == ScaleKind::kToken ? groups : groups * of.head_dim_v});
     }
   }
-  const std::int64_t means = of.smooth_k ? of.batch * of.heads_kv : 0;
-  const std::int64_t blocks = (of.packed ? of.heads_kv : means) * (of.smooth_k ? of.slots_k : 0);
-  parts.push_back({w.k_blocks_summed, blocks});
-  parts.push_back({w.k_sums_summed, means});
-  parts.push_back({w.k_summed, means});
+  const std::int64_t heads = (of.packed ? 1 : of.batch) * of.heads_kv;
+  const std::int64_t sums = of.smooth_k ? heads * of.slots_k * of.head_dim : 0;
   std::int64_t end = 0, words = 0;
   for (const Part& part : parts) {
     CHECK(part.begin >= end && part.begin % 4 == 0);
     end = part.begin + part.words;
     words += part.words;
   }
-  CHECK(w.zero_words >= end && w.k_partial >= w.zero_words);
+  CHECK(w.zero_words >= end && w.zero_words % 4 == 0 && w.k_partial >= w.zero_words);
   // Nothing beside the parts but the ticket's cache line and what aligns them.
   CHECK(w.zero_words <= words + 32 + 4 * static_cast<std::int64_t>(parts.size()));
-  CHECK(w.words >= w.k_partial + blocks * of.head_dim);
+  CHECK(w.words >= w.k_partial + sums);
 }
 
 void workspaces() {

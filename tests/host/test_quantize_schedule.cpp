@@ -1,6 +1,7 @@
 // In which order the quantizer's tiles come, against brute force.
 #include <algorithm>
 #include <climits>
+#include <cstdlib>
 #include <random>
 #include <vector>
 
@@ -50,9 +51,7 @@ void tickets_are_sound(const QuantizeParams& params) {
     const QuantizeTensor& tensor = params.tensors[which];
     const bool whole = tensor.scale == ScaleKind::kTensor;
     std::vector<int> before;
-    for (const auto pass : {QuantizePass::kSum, QuantizePass::kAmax, QuantizePass::kQuantize}) {
-      const bool sums = which == kK && params.smooth_k;
-      if (pass == QuantizePass::kSum && !sums) continue;
+    for (const auto pass : {QuantizePass::kAmax, QuantizePass::kQuantize}) {
       if (pass == QuantizePass::kAmax && !tensor.find_amax) continue;
       const std::vector<int> mine = tickets_of(params, pass, which);
       CHECK(std::count(mine.begin(), mine.end(), -1) == 0);
@@ -70,39 +69,130 @@ void tickets_are_sound(const QuantizeParams& params) {
   CHECK(tickets == params.schedule.num_tickets);
 }
 
-// Groups hold as many bytes at every head dimension, those of a smoothed K as many tiles; one pass
-// takes all heads side by side. A smoothed K's second pass waits longer.
+// What a block has without a counter is the last pass over Q, which waits for nothing.
+void early_tickets(const QuantizeParams& params, const QuantizeBlocks& blocks) {
+  const QuantizeTensor& q = params.tensors[kQ];
+  const int at_once = blocks.count * blocks.teams, count = params.first_draws * at_once;
+  const int most = params.smooth_k ? kEarlyDrawsOfMean : kEarlyDraws;
+  CHECK(!q.find_amax || count == 0);
+  CHECK(q.find_amax || params.first_draws == most || q.order.num_tiles - count < at_once);
+  std::int32_t segment = 0;
+  for (int ticket = 0; ticket < count; ++ticket) {
+    const QuantizeStream& stream = params.schedule.streams[params.schedule(ticket, segment).stream];
+    CHECK(stream.which == kQ && stream.pass == QuantizePass::kQuantize);
+  }
+}
+
+// While the same streams run, whoever has every other ticket has as many of each as of any other.
+void fair_turns(const QuantizeSchedule& schedule) {
+  for (int i = 0; i < schedule.num_segments; ++i) {
+    const bool last = i + 1 == schedule.num_segments;
+    const int end = last ? schedule.num_tickets : schedule.segments[i + 1].first_ticket;
+    int taken[2][QuantizeSchedule::kMaxStreams] = {};
+    std::int32_t segment = i;
+    for (int t = schedule.segments[i].first_ticket; t < end; ++t) {
+      ++taken[t % 2][schedule(t, segment).stream];
+      for (int n = 0; n < schedule.num_streams; ++n) CHECK(std::abs(taken[0][n] - taken[1][n]) < 3);
+    }
+  }
+}
+
+// When passes over a tensor start.
+std::vector<int> starts(const QuantizeSchedule& schedule, int which) {
+  std::vector<int> found;
+  for (int i = 0; i < schedule.num_streams; ++i) {
+    if (schedule.streams[i].which == which) found.push_back(schedule.streams[i].start);
+  }
+  return found;
+}
+
+// Groups hold as many bytes at every head dimension; one pass takes all heads side by side, and so
+// do passes over what shares a scale.
 void groups() {
   for (int head_dim : {64, 96, 128, 256}) {
-    for (int smooth : {0, 1}) {
-      QuantizePlan plan;
-      Call call;
-      auto& a = call.args;
-      a.heads = a.heads_kv = 32;
-      a.head_dim = a.head_dim_v = head_dim;
-      a.seqlen_q = a.seqlen_k = 128 * 64;
-      a.smooth_k = smooth;
-      check::context = "groups of " + std::to_string(head_dim) + (smooth ? ", smooth" : "");
-      CHECK(plan_quantize(a, &plan).ok());
-      const auto group = [&](int which) {
-        return plan.params.tensors[which].order.by_group.divisor;
-      };
-      const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
-      CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == (smooth ? 8 : 32));
-      schedule_quantize(100, &plan);
-      const auto starts = [&](int which) {
-        std::vector<int> found;
+    QuantizePlan plan;
+    Call call;
+    auto& a = call.args;
+    a.heads = a.heads_kv = 32;
+    a.head_dim = a.head_dim_v = head_dim;
+    a.seqlen_q = a.seqlen_k = 128 * 64;
+    check::context = "groups of " + std::to_string(head_dim);
+    CHECK(plan_quantize(a, &plan).ok());
+    const auto group = [&](int which) { return plan.params.tensors[which].order.by_group.divisor; };
+    const int heads = head_dim == 64 ? 4 : head_dim == 256 ? 1 : 2;
+    CHECK(group(kV) == heads && group(kQ) == 32 && group(kK) == 32);
+    schedule_quantize({100, 1, 1}, &plan);
+    const int first = 100 * kEarlyDraws;
+    CHECK(starts(plan.params.schedule, kV) == (std::vector<int>{first, first + heads * 64 + 100}));
+    a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
+    CHECK(plan_quantize(a, &plan).ok() && group(kV) == 32);
+  }
+}
+
+// Beside V's two passes is the rest of Q, or K, or nobody; a K that was read before is the first,
+// backwards, unless it finishes factors of V's tokens.
+void beside_v() {
+  for (int head_dim : {64, 128, 256}) {
+    for (int blocks : {100, 500}) {  // 4,096 tiles: of Q much is left, or little
+      for (int smooth : {0, 1}) {
+        QuantizePlan plan;
+        Call call;
+        auto& a = call.args;
+        a.batch = 1;
+        a.heads = a.heads_kv = 32;
+        a.head_dim = a.head_dim_v = head_dim;
+        a.seqlen_q = a.seqlen_k = 128 * 128;
+        a.smooth_k = smooth;
+        check::context = "beside V at " + std::to_string(head_dim) + ", " + std::to_string(blocks) +
+                         " blocks" + (smooth ? ", smooth" : "");
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
         const QuantizeSchedule& s = plan.params.schedule;
-        for (int i = 0; i < s.num_streams; ++i) {
-          if (s.streams[i].which == which) found.push_back(s.streams[i].start);
+        const int all = 32 * 128, early = blocks * (smooth ? kEarlyDrawsOfMean : kEarlyDraws);
+        CHECK(early < all);
+        const bool k_beside = head_dim == 256;
+        const bool q_beside = head_dim == 128 || (head_dim == 64 && all - early < blocks);
+        const int of_v = early + (smooth && !k_beside ? all : 0);
+        CHECK(starts(s, kV).at(0) == of_v);
+        CHECK(starts(s, kK) == std::vector<int>{k_beside || smooth ? early : of_v + all});
+        const int of_q = q_beside ? of_v : k_beside || smooth ? of_v + all : of_v + 2 * all;
+        CHECK(starts(s, kQ) == (std::vector<int>{0, of_q}));
+        for (const QuantizeStream& stream : s.streams) {
+          CHECK(stream.backwards == (smooth && stream.num_tiles > 0 && stream.which == kK));
         }
-        return found;
-      };
-      const int all = a.batch * 32 * 64;
-      CHECK(starts(kV) == (std::vector<int>{0, heads * 64 + 100}));
-      CHECK(starts(kK) ==
-            (smooth ? std::vector<int>{all, all + 512 + 300} : std::vector<int>{all}));
+        a.v_scale = HOPPER_ATTENTION_SCALE_HEAD;  // no maxima of channels
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
+        const bool little = head_dim != 256 && all - early < blocks;
+        CHECK((starts(s, kQ).at(1) == starts(s, kV).at(0)) == little);
+        a.v_scale = HOPPER_ATTENTION_SCALE_TOKEN;
+        CHECK(plan_quantize(a, &plan).ok());
+        schedule_quantize({blocks, 1, 1}, &plan);
+        CHECK(starts(s, kV) == std::vector<int>{early});
+        CHECK(starts(s, kK) == std::vector<int>{early + all});
+        CHECK(starts(s, kQ) == (std::vector<int>{0, early + 2 * all}));
+      }
     }
+  }
+}
+
+// Of what has a scale a head, two teams come back later than one.
+void leads() {
+  QuantizePlan plan;
+  Call call;
+  auto& a = call.args;
+  a.heads = a.heads_kv = 32;
+  a.seqlen_q = a.seqlen_k = 128 * 64;
+  a.head_dim = a.head_dim_v = 64;
+  a.qk_scale = HOPPER_ATTENTION_SCALE_HEAD;
+  check::context = "leads";
+  CHECK(plan_quantize(a, &plan).ok());
+  for (int teams : {1, 2}) {
+    schedule_quantize({100, teams, 3}, &plan);
+    const std::vector<int> of_k = starts(plan.params.schedule, kK);
+    const std::vector<int> of_v = starts(plan.params.schedule, kV);
+    CHECK(of_k.at(1) - of_k.at(0) == 4 * 64 + (teams == 1 ? 200 : 300));
+    CHECK(of_v.at(1) - of_v.at(0) == 4 * 64 + 200);
   }
 }
 
@@ -120,7 +210,7 @@ void whole_tensors() {
   a.v_scale = HOPPER_ATTENTION_SCALE_TENSOR;
   check::context = "tensors that share a scale";
   CHECK(plan_quantize(a, &plan).ok());
-  schedule_quantize(100, &plan);
+  schedule_quantize({100, 1, 1}, &plan);
   const QuantizeSchedule& s = plan.params.schedule;
   const int all = 32 * 64, kept = kKeptBytes / (2 * 128 * 128);
   CHECK(s.num_streams == 6);
@@ -161,8 +251,11 @@ void schedules() {
       a.cu_seqlens_q = a.cu_seqlens_k = reinterpret_cast<std::int32_t*>(call.memory);
     check::context = "schedule of round " + std::to_string(round);
     CHECK(plan_quantize(a, &plan).ok());
-    schedule_quantize(below(3) == 0 ? 0 : below(400), &plan);
+    const QuantizeBlocks blocks{1 + below(below(3) == 0 ? 4 : 300), 1 + below(2), 1 + below(5)};
+    schedule_quantize(blocks, &plan);
     tickets_are_sound(plan.params);
+    early_tickets(plan.params, blocks);
+    fair_turns(plan.params.schedule);
   }
 }
 
@@ -200,6 +293,8 @@ void head_orders() {
 int main() {
   head_orders();
   groups();
+  beside_v();
+  leads();
   whole_tensors();
   schedules();
   return check::result();

@@ -73,6 +73,7 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
 # The logs of kernels that multiply no matrices.
 OTHER_KERNELS = (
     "quantize_launch",
+    "quantize_prepare",
     "backward_preprocess",
     "backward_sink",
     "backward_convert",

@@ -1,10 +1,11 @@
-// The kernels of a backward pass as a chain (programmatic dependent launch): the main kernel may
-// start when all blocks of the one before it have, and convert.cu's when all of the main one have.
+// The kernels of a call as a chain (programmatic dependent launch): one may start when all blocks
+// of the one before it have.
 //
-// The first of the chain is launched like any other, after all that is before it on the stream: so
-// what the caller gave may be read at once. What the chain itself reads, adds to or writes comes
-// behind the wait, which every block of a later kernel reaches before it ends: so when the last
-// kernel has ended all have, and what follows on the stream may overwrite what they used.
+// The first of the chain is launched like any other, after all that is before it on the stream, or
+// waits for that before it lets the next one start: so what the caller gave may be read, and what
+// nobody in the chain reads be written, at once. What the chain itself reads, adds to or writes
+// again comes behind the wait, which every block of a later kernel reaches before it ends: so when
+// the last kernel has ended all have, and what follows on the stream may overwrite what they used.
 #pragma once
 
 #include <cuda_runtime.h>
