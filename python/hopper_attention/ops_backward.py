@@ -260,6 +260,7 @@ def gradients_of(
         return None, None, None
     if saved is None:
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
+    checks.no_tangent(dout, dlse, *saved)
     dout = torch.zeros_like(saved[3]) if dout is None else dout
     arguments = (dout, dlse, *saved, *ctx.scalars)
     if torch.is_grad_enabled():  # create_graph=True; the operator's own formula says what is wrong
