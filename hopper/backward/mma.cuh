@@ -83,7 +83,7 @@ CUTE_DEVICE auto query_operands(typename Traits::SharedStorage& shared, int firs
 // The first of a thread's two keys; part: which kConsumerRows keys of the tile are its consumer's.
 template <class Traits>
 CUTE_DEVICE int first_key_of(KeyTile const& tile, int part, int thread) {
-  return tile.n_block * Traits::kTileN + part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+  return fragment_first_row(thread, tile.n_block * Traits::kTileN + part * kConsumerRows);
 }
 
 // Where there is one V, behind a step's dP: behind the last one V may be the next tile's. Behind

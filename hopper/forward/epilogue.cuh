@@ -112,7 +112,7 @@ CUTE_DEVICE void store_lse(ForwardParams const& params, float const (&lse)[kRows
                            WorkTile tile, int first_row, int thread) {
   if (params.lse == nullptr || thread % 4 != 0) return;
   const int seqlen_q = params.mask.seqlen_q;
-  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  const int row = fragment_first_row(thread, first_row);
   float* head = params.lse +
                 (static_cast<std::int64_t>(tile.batch) * params.order.heads + tile.head) * seqlen_q;
   CUTE_UNROLL

@@ -240,7 +240,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
                         Ring<Traits::kStages>& v_ring, std::uint32_t q_phase,
                         Fp8Softmax<Traits>& softmax, Output& rO) {
   const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
-  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  const int row = fragment_first_row(thread, first_row);
   const int row_end = min(first_row + kConsumerRows, params.mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}
