@@ -3,6 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/stmatrix.cuh"
 #include "forward/mma.cuh"
 
 namespace hopper_attention {
@@ -49,13 +50,8 @@ CUTE_DEVICE void write_fragment(typename Traits::SharedStorage& shared, Fragment
   CUTE_UNROLL
   for (unsigned column = 0; column < Traits::kHeadDimV; column += 16) {
     const unsigned slab = column / kSlab * kConsumerRows * kSlab * kBytes;
-    const auto* four = pairs + column / 4;
     // Within a slab the swizzle is an exclusive or, as the next columns' address is.
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "r"((at ^ (column % kSlab * kBytes)) + slab), "r"(four[0]), "r"(four[1]),
-                   "r"(four[2]), "r"(four[3])
-                 : "memory");
+    store_matrices((at ^ (column % kSlab * kBytes)) + slab, pairs + column / 4);
   }
 }
 
