@@ -148,7 +148,7 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   const std::int64_t m_blocks = count_blocks(args, args.seqlen_q, plan->config.tile_m);
   // Clusters are whole: the last one may have a block without keys.
   const std::int64_t clusters = count_blocks(args, args.seqlen_k, cluster_keys(plan->config));
-  const std::int64_t n_blocks = clusters * plan->config.cluster;
+  const std::int64_t n_blocks = clusters * cluster_blocks(plan->config);
   const int batch = args.packed ? 1 : args.batch;
   const double query_blocks = static_cast<double>(m_blocks) * args.heads * batch;
   const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * batch;
