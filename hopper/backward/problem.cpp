@@ -127,6 +127,38 @@ Status check_backward_tensors(const hopper_attention_backward_args& a) {
   return a.packed ? check_packed_tensors(shared_fields(a)) : Status{};
 }
 
+// In which order key blocks run. n_blocks: of a KV head; tile_head_dim: dQ's.
+static void plan_order(const hopper_attention_backward_args& args, int batch, std::int64_t n_blocks,
+                       int tile_head_dim, BackwardPlan* plan) {
+  // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
+  const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
+  const std::int64_t query_bytes = static_cast<std::int64_t>(group) *
+                                   (2 * (args.head_dim + args.head_dim_v) + 4 * tile_head_dim);
+  // Adds in a fixed order form a chain from key block to key block. Without a mask all blocks of a
+  // head start at the same query block, and several heads in turn are that many chains, each the
+  // shorter. With one, blocks start on their own diagonal in the order of the turns, from the last
+  // key block to the first, so shortest first: the next head's short ones fill the gaps, and heads
+  // that L2 does not hold cost more than the chain. But in a group of query heads the shorter
+  // blocks run ahead into the next head, out of L2's reach. So groups descend through the query
+  // blocks together, in the order that is longest first. Packed batches have a list, which gives a
+  // sequence's blocks from the last to the first.
+  const bool ordered = args.deterministic != 0;
+  const bool masked = plan->key.mask != MaskKind::kFull;
+  plan->descending = ordered && masked && group > 1 && !args.packed;
+  plan->last_first = ordered && masked && !plan->descending;
+  const std::int64_t blocks_per_head = n_blocks > 0 ? n_blocks : 1;
+  const std::int64_t for_tail = (kMinGroupBlocks + blocks_per_head - 1) / blocks_per_head;
+  std::int64_t min_group = for_tail;
+  if (ordered && !masked) min_group = for_tail > kMinOrderedHeads ? for_tail : kMinOrderedHeads;
+  if (plan->last_first) min_group = 1;
+  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, batch, cluster_keys(plan->config),
+                                masked || ordered, args.seqlen_q * query_bytes, 1, min_group);
+  if (args.packed && args.heads > 0) {
+    plan->packed_order = make_key_order(args.seqlen_q, n_blocks, args.heads_kv, query_bytes,
+                                        kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
+  }
+}
+
 Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan) {
   plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
                          args.window_right);
@@ -162,33 +194,7 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
   plan->max_key_entries = static_cast<int>(clusters);
   plan->query_grid = plan->num_m_blocks * args.heads * batch;
   plan->key_grid = static_cast<int>(n_blocks) * args.heads_kv * batch;
-  // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
-  const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
-  const std::int64_t query_bytes =
-      static_cast<std::int64_t>(group) * (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
-  // Adds in a fixed order form a chain from key block to key block. Without a mask all blocks of a
-  // head start at the same query block, and several heads in turn are that many chains, each the
-  // shorter. With one, blocks start on their own diagonal in the order of the turns, from the last
-  // key block to the first, so shortest first: the next head's short ones fill the gaps, and heads
-  // that L2 does not hold cost more than the chain. But in a group of query heads the shorter
-  // blocks run ahead into the next head, out of L2's reach. So groups descend through the query
-  // blocks together, in the order that is longest first. Packed batches have a list, which gives a
-  // sequence's blocks from the last to the first.
-  const bool ordered = args.deterministic != 0;
-  const bool masked = plan->key.mask != MaskKind::kFull;
-  plan->descending = ordered && masked && group > 1 && !args.packed;
-  plan->last_first = ordered && masked && !plan->descending;
-  const std::int64_t blocks_per_head = n_blocks > 0 ? n_blocks : 1;
-  const std::int64_t for_tail = (kMinGroupBlocks + blocks_per_head - 1) / blocks_per_head;
-  std::int64_t min_group = for_tail;
-  if (ordered && !masked) min_group = for_tail > kMinOrderedHeads ? for_tail : kMinOrderedHeads;
-  if (plan->last_first) min_group = 1;
-  plan->order = make_tile_order(args.seqlen_k, args.heads_kv, batch, cluster_keys(plan->config),
-                                masked || ordered, args.seqlen_q * query_bytes, 1, min_group);
-  if (args.packed && args.heads > 0) {
-    plan->packed_order = make_key_order(args.seqlen_q, n_blocks, args.heads_kv, query_bytes,
-                                        kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
-  }
+  plan_order(args, batch, n_blocks, dims.qk, plan);
   return {};
 }
 
