@@ -76,6 +76,7 @@ def _backward_cuda(
     kind = _DENSE if len(rest) == _NUM_SCALARS else _WITH_SINK
     all_deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *rest)
+    checks.no_tangent(*arguments)
     again: Gradients | None = kind.calls.call(all_deterministic, *arguments)
     if again is not None:
         return again

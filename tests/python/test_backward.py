@@ -221,6 +221,11 @@ def test_forward_mode_through_the_backward_pass_is_refused(gradient_library, use
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             gradients(torch.autograd.forward_ad.make_dual(one, one))
+        saved = (None, *(x.detach() for x in (*inputs, *outputs)), 1.0, False, -1, -1, 0.0, False)
+        dout = torch.ones_like(outputs[0]).detach()
+        ops_backward.backward(dout, *saved)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            ops_backward.backward(torch.autograd.forward_ad.make_dual(dout, dout), *saved)
         assert gradients(one)[0].isfinite().all()  # without a tangent
 
 
