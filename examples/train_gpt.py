@@ -33,6 +33,7 @@ from torch import nn
 from training_report import Run
 
 import hopper_attention
+from hopper_attention._extras import STUDY, require
 from hopper_attention.bench import machine, sources
 from hopper_attention.bench.table import make_console
 
@@ -286,6 +287,8 @@ def main(
 
     The exit code is 1 when a loss is not finite.
     """
+    if plot is not None:
+        require(STUDY, "matplotlib")  # before a training rather than behind it
     kinds, device = _choose(attention, device)
     head_dims = list(dict.fromkeys(head_dim or [64]))
     given: dict[str, Any] = {

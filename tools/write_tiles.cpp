@@ -67,12 +67,12 @@ void write_row(std::FILE* file, const BackwardInstance& instance, bool last) {
   std::fprintf(file,
                "  {\"name\": \"%s\", \"dtype\": \"%s\", \"head_dim\": %d, \"head_dim_v\": %d, "
                "\"mask\": \"%s\", \"tile_m\": %d, \"tile_n\": %d, \"stages\": %d, "
-               "\"num_consumers\": %d, \"paired\": %s, \"cluster\": %d, \"smem_bytes\": %d, "
+               "\"num_consumers\": %d, \"cluster\": %d, \"smem_bytes\": %d, "
                "\"reason\": \"%s\"}%s\n",
                instance.name, name_of(instance.key.dtype), instance.key.head_dim,
                instance.key.head_dim_v, name_of(instance.key.mask), config.tile_m, config.tile_n,
-               config.stages, config.num_consumers, is_paired(config) ? "true" : "false",
-               config.cluster, shared_bytes(config), config.reason, last ? "" : ",");
+               config.stages, config.num_consumers, cluster_blocks(config), shared_bytes(config),
+               config.reason, last ? "" : ",");
 }
 
 template <class Row, std::size_t size>

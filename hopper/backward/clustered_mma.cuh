@@ -59,14 +59,11 @@ CUTE_DEVICE void accumulate_cluster_keys(BackwardParams const& params, KeyTile c
   using Late = LateKeys<Traits>;
   auto& barriers = shared.barriers;
   typename Traits::MmaScores mma_scores;
-  typename Traits::MmaDk mma_dk;
-  Tensor sQt = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQt{});
-  Tensor sdO = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDo{});
   Tensor sV = make_tensor(make_smem_ptr(shared.v[0]), typename Traits::LayoutV{});
-  auto slice_scores = mma_scores.get_thread_slice(0);
-  Tensor tPrV = slice_scores.partition_fragment_A(sV);                 // (MMA, 1, dv/16)
-  Tensor tPrdO = slice_scores.partition_fragment_B(sdO);               // (MMA, 1, dv/16, stages)
-  Tensor tKrQ = mma_dk.get_thread_slice(0).partition_fragment_B(sQt);  // (MMA, 1, m/16, stages)
+  Tensor tPrV = mma_scores.get_thread_slice(0).partition_fragment_A(sV);  // (MMA, 1, dv/16)
+  auto queries = query_operands<Traits, typename Traits::MmaScores>(shared, 0);
+  Tensor tPrdO = get<1>(queries);
+  Tensor tKrQ = get<3>(queries);
   auto own = dq_operands<Traits>(shared, kWarpgroupThreads);
   auto writer = ds_writer<Traits>(shared, thread);
   auto adder = make_dq_adder<Traits>(params, shared, 1, thread);

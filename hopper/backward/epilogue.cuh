@@ -48,7 +48,7 @@ CUTE_DEVICE void write_gradient(TiledMma const& mma, Element* buffer, Gradient& 
   CUTE_UNROLL
   for (int i = 0; i < decltype(size(gradient))::value; ++i) gradient(i) *= scale;
   if constexpr (Traits::kRagged) {
-    const int row = part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+    const int row = fragment_first_row(thread, part * kConsumerRows);
     if (used < Traits::kTileN) {
       CUTE_UNROLL
       for (int i = 0; i < decltype(size(gradient))::value; ++i) {

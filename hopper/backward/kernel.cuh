@@ -29,7 +29,7 @@ CUTE_DEVICE void start_block(BackwardParams const& params, typename Traits::Barr
     }
   } else if (warp == 1) {
     for (int i = 0; i < Traits::kDsStages; ++i) {
-      barriers.ds_full[i].init(Traits::kPaired ? kWarpgroupWarps : kConsumerWarps);
+      barriers.ds_full[i].init(Traits::kClustered ? kWarpgroupWarps : kConsumerWarps);
       barriers.ds_empty[i].init(Traits::kCluster * kConsumerWarps);
       if constexpr (Traits::kClustered) barriers.peer_ds_full[i].init(1);
     }

@@ -100,19 +100,10 @@ CUTE_DEVICE void consume_late(BackwardParams const& params, typename Traits::Sha
       barriers.dout_full[stage].wait(ring.phase);
       issue_product<true>(mma_dp, tPrV, tPrdO(_, _, _, stage), rdP);
       issue_late();
-      exponentiate<Traits>(params, shared.lse_log2[stage], rS);
-      if constexpr (!kPlain) {
-        mask_scores<Traits>(tile_mask<Traits>(params, shared, slot), first_key, at.m_block, rS);
-      }
       Tensor rP = make_tensor<Element>(LayoutA{});
       Tensor rdS = make_tensor<Element>(LayoutA{});
-      if constexpr (!Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
-      warpgroup_wait<1>();
-      warpgroup_fence_operand(rdP);
-      if constexpr (Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
-      pass_values<Traits>(barriers, at);
-      if constexpr (Traits::kDsWaits) barriers.ds_empty[stage].wait(ring.phase ^ 1);
-      differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
+      make_operands<Traits, 1>(params, shared, kPlain, at, slot, first_key, stage, ring.phase, rS,
+                               rdP, rP, rdS);
       write_ds(writer, stage, rdS, rS.layout());
       __syncwarp();
       arrive_warp(barriers.ds_full[stage]);

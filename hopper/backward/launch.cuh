@@ -23,7 +23,7 @@ cudaError_t launch_backward(const BackwardParams& params, const BackwardLaunchSp
   if (is_clustered(Instance::kConfig)) {
     cudaLaunchAttribute& cluster = attributes[launch.numAttrs++];
     cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = Instance::kConfig.cluster;
+    cluster.val.clusterDim.x = cluster_blocks(Instance::kConfig);
     cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   }
   launch.attrs = attributes;

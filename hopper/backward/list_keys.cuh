@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward/params.h"
+#include "common/prefix_sum.cuh"
 
 namespace hopper_attention {
 
@@ -63,33 +64,6 @@ __device__ void place_key_blocks(const KeyListJob& job, int* place_of) {
         }
       }
     }
-  }
-}
-
-// Replaces count[0] to count[size - 1] by the sums of those before them; all threads call it.
-template <int kThreads>
-__device__ void add_up(int* count, int size) {
-  constexpr int kWarps = kThreads / 32;
-  __shared__ int warp_sums[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int share = (size + kThreads - 1) / kThreads;
-  const int begin = min(static_cast<int>(threadIdx.x) * share, size);
-  const int end = min(begin + share, size);
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += count[i];
-  int sum = own;  // of this warp's lanes up to this one
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(0xffffffff, sum, step);
-    if (lane >= step) sum += other;
-  }
-  if (lane == 31) warp_sums[warp] = sum;
-  __syncthreads();
-  sum -= own;
-  for (int i = 0; i < warp; ++i) sum += warp_sums[i];
-  for (int i = begin; i < end; ++i) {
-    const int next = sum + count[i];
-    count[i] = sum;
-    sum = next;
   }
 }
 

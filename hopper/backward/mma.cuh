@@ -83,7 +83,7 @@ CUTE_DEVICE auto query_operands(typename Traits::SharedStorage& shared, int firs
 // The first of a thread's two keys; part: which kConsumerRows keys of the tile are its consumer's.
 template <class Traits>
 CUTE_DEVICE int first_key_of(KeyTile const& tile, int part, int thread) {
-  return tile.n_block * Traits::kTileN + part * kConsumerRows + thread / 32 * 16 + thread % 32 / 4;
+  return fragment_first_row(thread, tile.n_block * Traits::kTileN + part * kConsumerRows);
 }
 
 // Where there is one V, behind a step's dP: behind the last one V may be the next tile's. Behind
@@ -103,6 +103,28 @@ CUTE_DEVICE void wait_for_gradients(typename Traits::Barriers& barriers, int slo
 template <class Traits>
 CUTE_DEVICE void skip_values(typename Traits::Barriers& barriers) {
   if constexpr (Traits::kSharedValues) arrive_warp(barriers.v_empty[0]);
+}
+
+// A step's P and dS in 16 bits, from S and from dP, for whose product it waits: all but kBehind of
+// those under way. slot: the tile's; stage and phase: the step's. Whoever has waited so may write
+// dS.
+template <class Traits, int kBehind, class Plain, class Scores, class Operand>
+CUTE_DEVICE void make_operands(BackwardParams const& params, typename Traits::SharedStorage& shared,
+                               Plain plain, QuerySteps const& at, int slot, int first_key,
+                               int stage, std::uint32_t phase, Scores& rS, Scores& rdP, Operand& rP,
+                               Operand& rdS) {
+  auto& barriers = shared.barriers;
+  exponentiate<Traits>(params, shared.lse_log2[stage], rS);
+  if constexpr (!plain) {
+    mask_scores<Traits>(tile_mask<Traits>(params, shared, slot), first_key, at.m_block, rS);
+  }
+  if constexpr (!Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
+  cute::warpgroup_wait<kBehind>();
+  cute::warpgroup_fence_operand(rdP);
+  if constexpr (Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
+  pass_values<Traits>(barriers, at);
+  if constexpr (Traits::kDsWaits) barriers.ds_empty[stage].wait(phase ^ 1);
+  differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
 }
 
 // All tiles of the block. hand_over(tile, slot, dK, dV): what is to be done with a tile's
@@ -163,21 +185,12 @@ CUTE_DEVICE void consume_alike(BackwardParams const& params, typename Traits::Sh
         warpgroup_wait<1>();
         warpgroup_fence_operand(rS);
       }
-      exponentiate<Traits>(params, shared.lse_log2[stage], rS);
-      if constexpr (!kPlain) {
-        mask_scores<Traits>(tile_mask<Traits>(params, shared, slot), first_key, at.m_block, rS);
-      }
       // As register operands P^T and dS^T have their accumulators' elements in the same order.
       using LayoutA = Layout<Shape<Shape<_2, _2, _2>, _1, Int<Traits::kTileM / 16>>>;
       Tensor rP = make_tensor<Element>(LayoutA{});
       Tensor rdS = make_tensor<Element>(LayoutA{});
-      if constexpr (!Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
-      warpgroup_wait<0>();
-      warpgroup_fence_operand(rdP);
-      if constexpr (Traits::kDsWaits) wait_for_gradients<Traits>(barriers, slot);
-      pass_values<Traits>(barriers, at);
-      if constexpr (Traits::kDsWaits) barriers.ds_empty[stage].wait(phase ^ 1);
-      differentiate<Traits>(params, shared.delta[stage], shared.lse_log2[stage], rS, rdP, rP, rdS);
+      make_operands<Traits, 0>(params, shared, kPlain, at, slot, first_key, stage, phase, rS, rdP,
+                               rP, rdS);
       write_ds(writer, stage, rdS, rS.layout());
       __syncwarp();
       arrive_warp(barriers.ds_full[stage]);

@@ -38,13 +38,11 @@ CUTE_DEVICE void accumulate_values(BackwardParams const& params, KeyTile const& 
   auto& barriers = shared.barriers;
   typename Traits::MmaScores mma_scores;
   typename Traits::MmaDv mma_dv;
-  Tensor sQ = make_tensor(make_smem_ptr(shared.q[0]), typename Traits::LayoutQ{});
   Tensor sK = make_tensor(make_smem_ptr(shared.k[0]), typename Traits::LayoutK{});
-  Tensor sdOt = make_tensor(make_smem_ptr(shared.dout[0]), typename Traits::LayoutDot{});
-  auto slice_scores = mma_scores.get_thread_slice(0);
-  Tensor tSrK = slice_scores.partition_fragment_A(sK);                   // (MMA, 1, d/16)
-  Tensor tSrQ = slice_scores.partition_fragment_B(sQ);                   // (MMA, 1, d/16, stages)
-  Tensor tVrdO = mma_dv.get_thread_slice(0).partition_fragment_B(sdOt);  // (MMA, 1, m/16, stages)
+  Tensor tSrK = mma_scores.get_thread_slice(0).partition_fragment_A(sK);  // (MMA, 1, d/16)
+  auto queries = query_operands<Traits, typename Traits::MmaScores>(shared, 0);
+  Tensor tSrQ = get<0>(queries);
+  Tensor tVrdO = get<2>(queries);
   auto operands = dq_operands<Traits>(shared, 0);
   auto adder = make_dq_adder<Traits>(params, shared, 0, thread);
 

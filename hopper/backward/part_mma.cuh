@@ -8,6 +8,7 @@
 
 #include "backward/mma.cuh"
 #include "backward/paired_mma.cuh"
+#include "common/stmatrix.cuh"
 
 namespace hopper_attention {
 
@@ -140,10 +141,7 @@ CUTE_DEVICE void write_part(Element* buffer, int consumer, std::uint32_t offset,
     const int piece = consumer * kPieces + i;
     const std::uint32_t address =
         cast_smem_ptr_to_uint(buffer) + piece / 2 * kSlabBytes + (offset ^ (piece % 2 * 32u));
-    asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};\n"
-                 :
-                 : "r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
+    store_matrices(address, words);
   }
   tma_store_fence();  // the tensor cores read what ordinary stores wrote
 }

@@ -127,45 +127,13 @@ Status check_backward_tensors(const hopper_attention_backward_args& a) {
   return a.packed ? check_packed_tensors(shared_fields(a)) : Status{};
 }
 
-Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan) {
-  plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
-                         args.window_right);
-  const bool capped = args.softcap > 0.0f;
-  plan->scale_log2 = args.softmax_scale * kLog2E;
-  plan->cap_log2 = capped ? args.softcap * kLog2E : 0.0f;
-  plan->inner_scale = capped ? args.softmax_scale / args.softcap : 0.0f;
-
-  const HeadDims dims =
-      tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
-  plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
-               capped              ? MaskKind::kCapped
-               : args.packed       ? MaskKind::kPacked
-               : plan->mask.full() ? MaskKind::kFull
-                                   : MaskKind::kMasked};
-  plan->config = make_backward_config(plan->key);
-  plan->dq_layout = make_dq_layout(plan->config);
-
-  const std::int64_t m_blocks = count_blocks(args, args.seqlen_q, plan->config.tile_m);
-  // Clusters are whole: the last one may have a block without keys.
-  const std::int64_t clusters = count_blocks(args, args.seqlen_k, cluster_keys(plan->config));
-  const std::int64_t n_blocks = clusters * plan->config.cluster;
-  const int batch = args.packed ? 1 : args.batch;
-  const double query_blocks = static_cast<double>(m_blocks) * args.heads * batch;
-  const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * batch;
-  const double padded_rows = static_cast<double>(m_blocks) * plan->config.tile_m;
-  if (query_blocks >= INT_MAX || key_blocks >= INT_MAX || padded_rows >= INT_MAX) {
-    return Status::invalid("batch x heads x seqlen is too large: more than 2^31 tiles of " +
-                           std::to_string(plan->config.tile_m) + " queries or " +
-                           std::to_string(plan->config.tile_n) + " keys");
-  }
-  plan->num_m_blocks = static_cast<int>(m_blocks);
-  plan->max_key_entries = static_cast<int>(clusters);
-  plan->query_grid = plan->num_m_blocks * args.heads * batch;
-  plan->key_grid = static_cast<int>(n_blocks) * args.heads_kv * batch;
+// In which order key blocks run. n_blocks: of a KV head; tile_head_dim: dQ's.
+static void plan_order(const hopper_attention_backward_args& args, int batch, std::int64_t n_blocks,
+                       int tile_head_dim, BackwardPlan* plan) {
   // What the blocks of one KV head stream: Q and dO of its group, and dQ's accumulator.
   const int group = args.heads_kv > 0 ? args.heads / args.heads_kv : 1;
-  const std::int64_t query_bytes =
-      static_cast<std::int64_t>(group) * (2 * (args.head_dim + args.head_dim_v) + 4 * dims.qk);
+  const std::int64_t query_bytes = static_cast<std::int64_t>(group) *
+                                   (2 * (args.head_dim + args.head_dim_v) + 4 * tile_head_dim);
   // Adds in a fixed order form a chain from key block to key block. Without a mask all blocks of a
   // head start at the same query block, and several heads in turn are that many chains, each the
   // shorter. With one, blocks start on their own diagonal in the order of the turns, from the last
@@ -189,6 +157,44 @@ Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* p
     plan->packed_order = make_key_order(args.seqlen_q, n_blocks, args.heads_kv, query_bytes,
                                         kMinGroupBlocks, ordered ? kMinOrderedHeads : 1);
   }
+}
+
+Status plan_backward(const hopper_attention_backward_args& args, BackwardPlan* plan) {
+  plan->mask = make_mask(args.seqlen_q, args.seqlen_k, args.causal != 0, args.window_left,
+                         args.window_right);
+  const bool capped = args.softcap > 0.0f;
+  plan->scale_log2 = args.softmax_scale * kLog2E;
+  plan->cap_log2 = capped ? args.softcap * kLog2E : 0.0f;
+  plan->inner_scale = capped ? args.softmax_scale / args.softcap : 0.0f;
+
+  const HeadDims dims =
+      tile_head_dims(static_cast<Dtype>(args.dtype), args.head_dim, args.head_dim_v);
+  plan->key = {static_cast<Dtype>(args.dtype), dims.qk, dims.v,
+               capped              ? MaskKind::kCapped
+               : args.packed       ? MaskKind::kPacked
+               : plan->mask.full() ? MaskKind::kFull
+                                   : MaskKind::kMasked};
+  plan->config = make_backward_config(plan->key);
+  plan->dq_layout = make_dq_layout(plan->config);
+
+  const std::int64_t m_blocks = count_blocks(args, args.seqlen_q, plan->config.tile_m);
+  // Clusters are whole: the last one may have a block without keys.
+  const std::int64_t clusters = count_blocks(args, args.seqlen_k, cluster_keys(plan->config));
+  const std::int64_t n_blocks = clusters * cluster_blocks(plan->config);
+  const int batch = args.packed ? 1 : args.batch;
+  const double query_blocks = static_cast<double>(m_blocks) * args.heads * batch;
+  const double key_blocks = static_cast<double>(n_blocks) * args.heads_kv * batch;
+  const double padded_rows = static_cast<double>(m_blocks) * plan->config.tile_m;
+  if (query_blocks >= INT_MAX || key_blocks >= INT_MAX || padded_rows >= INT_MAX) {
+    return Status::invalid("batch x heads x seqlen is too large: more than 2^31 tiles of " +
+                           std::to_string(plan->config.tile_m) + " queries or " +
+                           std::to_string(plan->config.tile_n) + " keys");
+  }
+  plan->num_m_blocks = static_cast<int>(m_blocks);
+  plan->max_key_entries = static_cast<int>(clusters);
+  plan->query_grid = plan->num_m_blocks * args.heads * batch;
+  plan->key_grid = static_cast<int>(n_blocks) * args.heads_kv * batch;
+  plan_order(args, batch, n_blocks, dims.qk, plan);
   return {};
 }
 

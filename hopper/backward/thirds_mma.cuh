@@ -29,7 +29,7 @@ CUTE_DEVICE void accumulate_scores_third(BackwardParams const& params, KeyTile c
   static_assert(Traits::kDoutStages == 1 && Traits::kDsStages == 1, "see above");
   auto& barriers = shared.barriers;
 
-  const int row = thread / 32 * 16 + thread % 32 / 4;
+  const int row = fragment_first_row(thread);
   const std::uint32_t offset = part_offset<Traits>(thread);
   const int first_key = tile.n_block * Traits::kTileN + consumer * Part::kKeys + thread % 4 * 2;
   const BlockRange plain = plain_steps<Traits>(tile_mask<Traits>(params, shared), tile);

@@ -48,7 +48,7 @@ struct BackwardTraits {
   static constexpr int kStages = kConfig.stages;
   static constexpr int kDoutStages = kConfig.dout_stages;
   static constexpr int kDsStages = kConfig.ds_stages;
-  static constexpr int kCluster = kConfig.cluster;
+  static constexpr int kCluster = cluster_blocks(kConfig);
   static constexpr bool kClustered = is_clustered(kConfig);
   static constexpr int kConsumers = kConfig.num_consumers;
   static constexpr bool kMasked = kConfig.key.mask != MaskKind::kFull;
@@ -66,7 +66,6 @@ struct BackwardTraits {
   static constexpr int kValueBuffers = value_buffers(kConfig);
   // One V for all tiles, one after another.
   static constexpr bool kSharedValues = kValueBuffers < kTileSlots;
-  static constexpr bool kPaired = is_paired(kConfig);
   static constexpr bool kThirds = in_thirds(kConfig);
   static constexpr DqSplit kDqSplit = kConfig.dq_split;
   static constexpr int kDqSlices = kConfig.dq_slices;
@@ -124,7 +123,7 @@ struct BackwardTraits {
   // Consumer i has rows 64 i and on; each of a pair has all of them.
   using ByRows = cute::Layout<cute::Shape<Consumers, cute::_1, cute::_1>>;
   using ByKeys = cute::Layout<
-      cute::Shape<cute::conditional_t<kPaired, cute::_1, Consumers>, cute::_1, cute::_1>>;
+      cute::Shape<cute::conditional_t<kClustered, cute::_1, Consumers>, cute::_1, cute::_1>>;
   using ByColumns = cute::Layout<cute::Shape<cute::_1, Consumers, cute::_1>>;
   // S^T and dP^T
   using MmaScores = decltype(cute::make_tiled_mma(

@@ -3,6 +3,7 @@
 
 #include <cute/arch/copy_sm90_tma.hpp>
 
+#include "common/stmatrix.cuh"
 #include "forward/mma.cuh"
 
 namespace hopper_attention {
@@ -49,13 +50,8 @@ CUTE_DEVICE void write_fragment(typename Traits::SharedStorage& shared, Fragment
   CUTE_UNROLL
   for (unsigned column = 0; column < Traits::kHeadDimV; column += 16) {
     const unsigned slab = column / kSlab * kConsumerRows * kSlab * kBytes;
-    const auto* four = pairs + column / 4;
     // Within a slab the swizzle is an exclusive or, as the next columns' address is.
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
-                 :
-                 : "r"((at ^ (column % kSlab * kBytes)) + slab), "r"(four[0]), "r"(four[1]),
-                   "r"(four[2]), "r"(four[3])
-                 : "memory");
+    store_matrices((at ^ (column % kSlab * kBytes)) + slab, pairs + column / 4);
   }
 }
 
@@ -112,7 +108,7 @@ CUTE_DEVICE void store_lse(ForwardParams const& params, float const (&lse)[kRows
                            WorkTile tile, int first_row, int thread) {
   if (params.lse == nullptr || thread % 4 != 0) return;
   const int seqlen_q = params.mask.seqlen_q;
-  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  const int row = fragment_first_row(thread, first_row);
   float* head = params.lse +
                 (static_cast<std::int64_t>(tile.batch) * params.order.heads + tile.head) * seqlen_q;
   CUTE_UNROLL

@@ -7,7 +7,8 @@
 
 namespace hopper_attention {
 
-// Which of its consumer's rows a row of this thread is.
+// Which of its consumer's rows a row of this thread is: fragment_first_row, but by thread of the
+// block. Written out: ptxas arranges the loop around it by the form of the division.
 CUTE_DEVICE int row_in_consumer(int thread, int row) {
   return thread % kWarpgroupThreads / 32 * 16 + thread % 32 / 4 + 8 * row;
 }

@@ -89,7 +89,8 @@ CUTE_DEVICE void stage_round(Output const& rO, int first, cute::half_t* buffer, 
         const int element = first + (slab * kSlab + 16 * pair) / 2 + 2 * i;
         registers[i] = pack<Element>(rO(element), rO(element + 1));
       }
-      store_matrices(address + slab * kSlab * kConsumerRows, registers);
+      store_matrices(cute::cast_smem_ptr_to_uint(address + slab * kSlab * kConsumerRows),
+                     registers);
     }
   }
 }

@@ -4,6 +4,7 @@
 
 #include <cutlass/arch/barrier.h>
 
+#include "common/stmatrix.cuh"
 #include "forward/fp8_traits.cuh"
 #include "forward/load.cuh"
 
@@ -46,13 +47,6 @@ CUTE_DEVICE void load_transposed(void const* address, std::uint32_t (&r)[4]) {
                : "memory");
 }
 
-CUTE_DEVICE void store_matrices(void* address, std::uint32_t const (&r)[4]) {
-  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};\n" ::"r"(
-                   cute::cast_smem_ptr_to_uint(address)),
-               "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
-               : "memory");
-}
-
 // Transposes 32 keys of 16 channels, seen as 16-bit pairs of channels. ldmatrix's transposition
 // gives a thread the pair of channels lane / 4 of keys 2a, 2a + 1 and 8 + 2a, 9 + 2a (a = lane %
 // 4): once the bytes of the two channels are taken apart, these are slots 4a to 4a + 3 of fp8.h.
@@ -66,7 +60,8 @@ CUTE_DEVICE void transpose_block(TensorRaw const& sRaw, TensorVt& sVt, int first
     bytes[2 * group] = __byte_perm(pairs[2 * group], pairs[2 * group + 1], 0x6420);
     bytes[2 * group + 1] = __byte_perm(pairs[2 * group], pairs[2 * group + 1], 0x7531);
   }
-  store_matrices(&sVt(channel + 2 * i + matrix % 2, first_key + kSlots * (matrix / 2)), bytes);
+  auto* const to = &sVt(channel + 2 * i + matrix % 2, first_key + kSlots * (matrix / 2));
+  store_matrices(cute::cast_smem_ptr_to_uint(to), bytes);
 }
 
 // One of kTransposeWarps warps: follows the tiles and transposes each block that arrives.

@@ -5,8 +5,8 @@
 // So each block's P V has an accumulator T of its own, which O = alpha O + T takes in in float32,
 // with the multiplication that online softmax needs anyway. Where registers for T last beside the
 // next block's S, the next Q K^T is issued ahead of P V as in 16 bits (attend_overlapped); else P V
-// is computed in parts of head_dim_v, each folded in before the next one's product
-// (attend_in_parts).
+// is computed in parts of head_dim_v, two at a time in the registers that S had, each folded in
+// under the next one's product (attend_in_parts).
 #pragma once
 
 #include "forward/fp8_consumer.cuh"
@@ -240,7 +240,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
                         Ring<Traits::kStages>& v_ring, std::uint32_t q_phase,
                         Fp8Softmax<Traits>& softmax, Output& rO) {
   const BlockRange own = own_blocks<Traits>(params.mask, blocks, first_row);
-  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;
+  const int row = fragment_first_row(thread, first_row);
   const int row_end = min(first_row + kConsumerRows, params.mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}

@@ -1,5 +1,6 @@
 // Lists the tiles of a packed batch: one block, which counts the tiles of each group and cost, adds
 // the counts up, and puts every tile into its place (a counting sort).
+#include "common/prefix_sum.cuh"
 #include "forward/params.h"
 
 namespace hopper_attention {
@@ -16,15 +17,6 @@ struct Job {
   int tile_m;
   int tile_n;
 };
-
-// The sum of value over this lane and those before it.
-__device__ int sum_up_to_lane(int value) {
-  for (int step = 1; step < 32; step *= 2) {
-    const int other = __shfl_up_sync(kAll, value, step);
-    if (static_cast<int>(threadIdx.x % 32) >= step) value += other;
-  }
-  return value;
-}
 
 // Calls place(slot, entry) for each tile of the batch but the start's, from all threads. 32
 // sequences, whose lengths a warp's lanes read at once, are one warp's, or several warps' while
@@ -66,27 +58,6 @@ __device__ void for_tiles(const Job& job, const Place& place) {
   }
 }
 
-// Replaces count[0] to count[size - 1] by the sums of those before them; all threads call it.
-__device__ void add_up(int* count, int size) {
-  __shared__ int warp_sums[kWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int share = (size + kThreads - 1) / kThreads;
-  const int begin = min(static_cast<int>(threadIdx.x) * share, size);
-  const int end = min(begin + share, size);
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += count[i];
-  const int in_warp = sum_up_to_lane(own);
-  if (lane == 31) warp_sums[warp] = in_warp;
-  __syncthreads();
-  const int warps_before = sum_up_to_lane(lane < warp ? warp_sums[lane] : 0);
-  int sum = __shfl_sync(kAll, warps_before, 31) + in_warp - own;
-  for (int i = begin; i < end; ++i) {
-    const int next = sum + count[i];
-    count[i] = sum;
-    sum = next;
-  }
-}
-
 __global__ void __launch_bounds__(kThreads, 1) list_tiles(const __grid_constant__ Job job) {
   __shared__ int place_of[kSlots + 1];  // and, behind the slots, the number of tiles
   // The forward kernel may begin; it waits for this one's end before it reads.
@@ -110,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 1) list_tiles(const __grid_constant_
     ++tiles;
   });
   const bool is_long = __syncthreads_or(tiles > 1);
-  add_up(place_of, slots + 1);
+  add_up<kThreads>(place_of, slots + 1);
   __syncthreads();
   if (threadIdx.x < packed.order.num_groups) {
     const int end = place_of[(threadIdx.x + 1) * kCostBuckets];

@@ -103,7 +103,7 @@ CUTE_DEVICE void attend(ForwardParams const& params, typename Traits::SharedStor
   // The tile's blocks are those of all consumers; this one's rows may see fewer, or lie past the
   // end.
   const BlockRange own = own_blocks<Traits>(mask, blocks, first_row);
-  const int row = first_row + thread / 32 * 16 + thread % 32 / 4;  // this thread's first
+  const int row = fragment_first_row(thread, first_row);  // this thread's first
   const int row_end = min(first_row + kConsumerRows, mask.seqlen_q);
   const BlockRange plain = Traits::kMasked && params.transform_scores
                                ? BlockRange{0, 0}

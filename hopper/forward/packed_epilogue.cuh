@@ -7,11 +7,6 @@
 
 namespace hopper_attention {
 
-// The first of a thread's rows of a fragment; the other one is 8 below it.
-CUTE_DEVICE unsigned fragment_first_row(unsigned thread) {
-  return thread / 32 * 16 + thread % 32 / 4;
-}
-
 // What is left of the softmax behind a tile's last P. Rows that a sequence has and does not use
 // give 0 and -inf, whatever Q holds there.
 template <class Traits>
@@ -21,7 +16,8 @@ CUTE_DEVICE void finish_packed_rows(ForwardParams const& params,
                                     float (&lse)[kRowsPerThread]) {
   const int used = sink.sequence(shared.barriers).seqlen_q - first_row;
   if (used < kConsumerRows) {
-    const int row = fragment_first_row(fresh_thread() % kWarpgroupThreads);
+    const unsigned thread = fresh_thread() % kWarpgroupThreads;
+    const int row = fragment_first_row(thread);
     CUTE_UNROLL
     for (int r = 0; r < kRowsPerThread; ++r) {
       if (row + 8 * r >= used) softmax.sum[r] = 0.0f;

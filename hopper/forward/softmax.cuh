@@ -1,21 +1,11 @@
 // Online softmax of one consumer's score tile, two rows a thread.
-//
-// A thread's accumulator of a kConsumerRows x N tile: element i lies in its row (i / 2) % 2 (rows
-// lane / 4 and lane / 4 + 8 of the warp's 16) and in column 8 * (i / 4) + 2 * (lane % 4) + i % 2.
 #pragma once
 
 #include <cute/tensor.hpp>
 
+#include "hopper_attention/fragment.h"
+
 namespace hopper_attention {
-
-inline constexpr int kRowsPerThread = 2;
-
-CUTE_HOST_DEVICE constexpr int fragment_row(int i) { return i / 2 % 2; }
-CUTE_HOST_DEVICE constexpr int fragment_column(int i) { return 8 * (i / 4) + i % 2; }
-// The j-th element of a row.
-CUTE_HOST_DEVICE constexpr int fragment_index(int row, int j) {
-  return j / 2 * 4 + row * 2 + j % 2;
-}
 
 // The rest of a row lies in the other three lanes of a quad.
 template <class Op>

@@ -12,17 +12,20 @@ inline constexpr int kElementBytes = 2;
 constexpr int num_threads(const BackwardConfig& config) {
   return (config.num_consumers + 1) * kWarpgroupThreads;
 }
-constexpr bool is_paired(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
 // Consumers that share a block's keys: two have the scores of half each, all have gradients of all.
 constexpr bool in_thirds(const BackwardConfig& config) { return config.roles == Roles::kThirds; }
 // Of thirds: consumers that have scores. The last one has dQ.
 inline constexpr int kScorers = 2;
-constexpr bool is_clustered(const BackwardConfig& config) { return config.cluster > 1; }
+// Pairs of consumers are always in clusters, and nobody else is.
+constexpr bool is_clustered(const BackwardConfig& config) { return config.roles == Roles::kPaired; }
+constexpr int cluster_blocks(const BackwardConfig& config) { return is_clustered(config) ? 2 : 1; }
 // Keys whose queries a block goes through: those of its cluster, or its own.
-constexpr int cluster_keys(const BackwardConfig& config) { return config.cluster * config.tile_n; }
+constexpr int cluster_keys(const BackwardConfig& config) {
+  return cluster_blocks(config) * config.tile_n;
+}
 // Columns of dQ that a block of a cluster adds, for which it has the other block's keys, too.
 constexpr int peer_columns(const BackwardConfig& config) {
-  return is_clustered(config) ? config.key.head_dim / config.cluster : 0;
+  return is_clustered(config) ? config.key.head_dim / cluster_blocks(config) : 0;
 }
 // Of thirds: consumers that have columns of a gradient, as far as there are 64 for each.
 constexpr int gradient_parts(const BackwardConfig& config, int columns) {
@@ -82,7 +85,7 @@ constexpr int dq_bytes(const BackwardConfig& config) {
 }
 // P in float32, on its way to the consumer that needs it for dS.
 constexpr int p_bytes(const BackwardConfig& config) {
-  return is_paired(config) ? config.tile_m * config.tile_n * 4 : kNoBufferBytes;
+  return is_clustered(config) ? config.tile_m * config.tile_n * 4 : kNoBufferBytes;
 }
 // P in 16 bits, as many buffers as of dS.
 constexpr int p16_bytes(const BackwardConfig& config) {
@@ -144,7 +147,7 @@ constexpr int fragment_registers(const BackwardConfig& config) {
     const int part = accumulator_registers(config.tile_n / kScorers);
     return 2 * accumulator_registers(config.tile_n) + (dq > 2 * part ? dq : 2 * part);
   }
-  if (is_paired(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
+  if (is_clustered(config)) return (dk > dv ? dk : dv) + scores + scores / 2 + dq;
   if (config.late_dq) {
     const int keys = config.k_in_registers ? config.key.head_dim / 4 : 0;  // 64 rows, 16 bits
     return dk + dv + 2 * scores + dq + keys;
@@ -162,8 +165,11 @@ constexpr int ds_slab_columns(int columns) {
 // A block adds one slice of dQ. The second consumer's products are a step late, so that Q and dS of
 // two steps are there at the same time, and dO of one.
 constexpr const char* cluster_error(const BackwardConfig& config) {
-  if (config.cluster != 2 || !is_paired(config)) return "a cluster: 2 blocks, each a pair";
-  if (config.dq_slices != config.cluster) return "a cluster: a slice of dQ for each block";
+  if (config.tile_n != kConsumerRows || config.num_consumers != 2)
+    return "a cluster: blocks of 2 consumers, tile_n 64";
+  if (config.dq_split != DqSplit::kColumns || config.dq_path != DqPath::kDirect)
+    return "a cluster: dQ by columns, directly";
+  if (config.dq_slices != cluster_blocks(config)) return "a cluster: a slice of dQ for each block";
   if (config.stages < 2 || config.ds_stages != config.stages)
     return "a cluster: 2 stages or more, as many of dS";
   if (config.dout_stages > config.stages) return "a cluster: stages of dO: 1 to those of Q";
@@ -201,13 +207,8 @@ constexpr const char* config_error(const BackwardConfig& config) {
   if (config.stages < 1 || config.dout_stages < 1 || config.ds_stages < 1) return "stages";
   if (config.tile_m % 16 != 0) return "tile_m: a multiple of 16";
   if (are_alike(config) && config.tile_n != all_rows) return "tile_n: 64 a consumer";
-  if (is_paired(config) && (config.tile_n != kConsumerRows || config.num_consumers != 2))
-    return "a pair: 2 consumers, tile_n 64";
-  if (is_paired(config) && dq_split != DqSplit::kColumns) return "a pair: dQ by columns";
-  if (is_paired(config) && config.dq_path != DqPath::kDirect) return "a pair: dQ directly";
-  if (is_paired(config) && config.cluster == 1) return "a pair: in a cluster";
   if (in_thirds(config) && thirds_error(config) != nullptr) return thirds_error(config);
-  if (config.cluster != 1 && cluster_error(config) != nullptr) return cluster_error(config);
+  if (is_clustered(config) && cluster_error(config) != nullptr) return cluster_error(config);
   if (config.dq_slices != 1 && dq_split != DqSplit::kColumns) return "slices: dQ by columns";
   if (dq_split == DqSplit::kRows && config.tile_m != all_rows)
     return "dQ by rows: tile_m 64 a consumer";

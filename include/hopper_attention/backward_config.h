@@ -25,7 +25,8 @@ constexpr bool operator==(const BackwardKey& a, const BackwardKey& b) {
 enum class Roles : int {
   kAlike = 0,   // each has kConsumerRows keys of its own: their S, P, dP, dS, dV and dK
   kPaired = 1,  // two share kConsumerRows keys: S, P and dV are the first's, dP, dS and dK the
-                // second's, which P reaches through shared memory
+                // second's, which P reaches through shared memory. Two blocks of neighbouring keys
+                // are a cluster: they exchange dS, so that each adds one slice of dQ for all keys
   kThirds = 2,  // three share tile_n keys: each has 64 columns of dK and dV, two have S, P, dP and
                 // dS of half of the keys, the last one dQ; P and dS pass through shared memory
 };
@@ -59,8 +60,6 @@ struct BackwardConfig {
   bool k_in_registers;  // with late dQ: K is the register operand of S's product
   bool late_dq;         // of consumers alike: dQ is issued behind the next step's dP
   const char* reason;
-  int cluster = 1;  // of pairs: blocks of neighbouring keys that exchange dS, so that each adds one
-                    // slice of dQ for the keys of all
   bool ds_waits = false;  // of consumers alike: a step waits for an empty buffer of dS, though it
                           // always is: with so many of them a consumer that writes the next one has
                           // seen that all are done with it. Some kernels are the faster for it
@@ -83,21 +82,21 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
   const bool ahead = key.mask != MaskKind::kCapped;  // tanh leaves no registers for it
   // clang-format off
   // {key, tile_m, tile_n, stages of Q, dO and dS, consumers, roles, dQ's split, slices, path,
-  //  S ahead, K in registers, late dQ, reason[, cluster[, waits for dS]]}
+  //  S ahead, K in registers, late dQ, reason[, waits for dS]}
   switch (key.head_dim) {
     case 64:
       return key.mask == MaskKind::kMasked
         ? BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kBulk, ahead, false, false,
-                         "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order", 1, true}
+                         "bulk adds: 1 to 2% faster from 8k on, 5% in a fixed order", true}
         : BackwardConfig{key, 128, 128, 2, 2, 2, 2, kAlike, kRows, 1, kDirect, ahead, false, false,
-                         "S and dP 64 registers each, dK and dV 32 each", 1,
+                         "S and dP 64 registers each, dK and dV 32 each",
                          key.mask != MaskKind::kFull};
     case 96:
       return key.mask == MaskKind::kCapped
         ? BackwardConfig{key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
-                         "tanh leaves no registers for K and S ahead", 1, true}
+                         "tanh leaves no registers for K and S ahead", true}
         : BackwardConfig{key, 64, 128, 3, 3, 3, 2, kAlike, kColumns, 1, kBulk, ahead, true, true,
-                         "24 registers for K: 1 to 13% faster with dQ a step late", 1,
+                         "24 registers for K: 1 to 13% faster with dQ a step late",
                          key.mask != MaskKind::kFull};
     case 128:
       return {key, 64, 128, 2, 2, 2, 2, kAlike, kColumns, 1, kBulk, ahead, false, false,
@@ -107,7 +106,7 @@ constexpr BackwardConfig make_backward_config(BackwardKey key) {
               "two with scores of 48 keys, dQ the third's: 10 to 17% over scores of 32 in each"};
     default:
       return {key, 64, 64, 2, 1, 2, 2, kPaired, kColumns, 2, kDirect, false, false, false,
-              "64 keys for both consumers, dQ added once for 128: 9 to 25% faster; 226 KiB", 2};
+              "64 keys for both consumers, dQ added once for 128: 9 to 25% faster; 226 KiB"};
   }
   // clang-format on
 }

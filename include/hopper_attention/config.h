@@ -115,7 +115,8 @@ constexpr ForwardConfig make_fp8_config(ForwardKey key) {
               "O 96 registers leave no room for S beside P V; two parts, at once", false, 2, false};
     default:
       return {key, 128, 2, 2, false, kAfterMaxima, false,
-              "O 128 registers: P V in parts, each folded in under the next, 5 to 10% faster", false, 4, false};
+              "O 128 registers: P V in parts, each folded in under the next, 5 to 10% faster", false, 4,
+              false};
   }
   // clang-format on
 }

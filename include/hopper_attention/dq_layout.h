@@ -7,7 +7,7 @@
 #pragma once
 
 #include "hopper_attention/backward_config.h"
-#include "hopper_attention/mask.h"
+#include "hopper_attention/fragment.h"
 
 namespace hopper_attention {
 
@@ -32,7 +32,7 @@ struct DqLayout {
     const int consumer = group / consumer_groups;
     const int within = group % consumer_groups;
     const int thread = within % 128;
-    const int row = thread / 32 * 16 + thread % 32 / 4;
+    const int row = fragment_first_row(thread);
     const int column = within / 128 * 8 + thread % 4 * 2;
     if (split == DqSplit::kRows) return {consumer * 64 + row, column};
     const int piece = head_dim / (num_consumers * slices);

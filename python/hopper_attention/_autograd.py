@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from . import checks
+
 _PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 # What the dispatcher looks for in every eager call. Modes, functorch, tracers and dispatchers in
 # Python add to it.
@@ -56,6 +58,39 @@ def is_plain(
         and not _is_excluded(_AUTOGRAD)
         and not (_has_autocast() and _has_autocast_rule(name, q))
     )
+
+
+def shortest_way(
+    name: str,
+    operator: Callable[..., Any],
+    without_gradient: Callable[..., Any],
+    differentiable: Callable[..., Any],
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *more: torch.Tensor | None,
+) -> Callable[..., Any]:
+    """Of the ways to make a call, the shortest that all who should see it see.
+
+    Args:
+        name: the operator's, with its namespace.
+        operator: the operator.
+        without_gradient: for eager calls whose gradient nobody asks for.
+        differentiable: what `register` returned, for plain ones whose gradient somebody does.
+        q: a tensor of the call's.
+        k: another.
+        v: another.
+        more: the others.
+
+    Raises:
+        NotImplementedError: as `checks.no_tangent`.
+    """
+    if torch.compiler.is_compiling():
+        return operator
+    if not checks.needs_grad(q, k, v, *more):
+        return without_gradient
+    given = [x for x in more if x is not None]
+    return differentiable if is_plain(name, q, k, v, *given) else operator
 
 
 def _has_autocast_rule(name: str, tensor: torch.Tensor) -> bool:
@@ -107,6 +142,7 @@ def register(
             return *differentiate(ctx, *gradients)[: ctx.num_given], None
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
+        checks.no_tangent(*arguments)
         if torch.is_grad_enabled() and any(
             isinstance(x, torch.Tensor) and x.requires_grad for x in arguments
         ):

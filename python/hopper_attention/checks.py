@@ -216,23 +216,19 @@ def request(
 
 
 def needs_grad(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    learnable_sink: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: torch.Tensor | None
 ) -> bool:
     """Whether autograd will ask for a gradient of one of them.
 
     Raises:
-        NotImplementedError: one of them has a tangent, which operators would drop in silence.
+        NotImplementedError: as `no_tangent`.
     """
-    if may_have_tangents():
-        _no_tangent(q, k, v, learnable_sink)
+    no_tangent(q, k, v, *more)
     return (
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or (learnable_sink is not None and learnable_sink.requires_grad)
+        or (bool(more) and any(x is not None and x.requires_grad for x in more))
     ) and torch.is_grad_enabled()
 
 
@@ -241,27 +237,36 @@ def may_have_tangents() -> bool:
     return forward_ad._current_level >= 0
 
 
-def _no_tangent(*arguments: torch.Tensor | None) -> None:
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in arguments):
+def no_tangent(*arguments: Any) -> None:
+    """Raises NotImplementedError where a tensor has a tangent: operators would drop it."""
+    if may_have_tangents() and any(
+        isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+        for x in arguments
+    ):
         raise NotImplementedError(
-            "attention has no forward-mode derivative (torch.func.jvp, dual tensors), so none of "
-            "q, k, v and learnable_sink may have a tangent; hopper_attention.reference.attention "
-            "has one"
+            "attention, its gradient and quantizing have no forward-mode derivative "
+            "(torch.func.jvp, dual tensors), so none of their tensors may have a tangent; "
+            "hopper_attention.reference.attention has one"
         )
 
 
 def no_gradient(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    learnable_sink: torch.Tensor | None = None,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *more: torch.Tensor | None
 ) -> None:
-    """Raises NotImplementedError where autograd would ask for what has no gradient."""
-    if needs_grad(q, k, v, learnable_sink):
+    """Raises NotImplementedError where autograd would ask for what has no gradient.
+
+    Args:
+        q: one tensor.
+        k: another.
+        v: another.
+        more: the call's other tensors.
+    """
+    if needs_grad(q, k, v, *more):
         raise NotImplementedError(
             f"q, k and v: quantizing and attention of {torch.float8_e4m3fn} tensors have no "
-            "gradient, so none of them may require grad; pass 16-bit tensors to flash_attn_func, "
-            "or to flash_attn_fp8_func for a forward pass in FP8, or call under torch.no_grad()"
+            "gradient, so none of them, nor what comes with them, may require grad; pass 16-bit "
+            "tensors to flash_attn_func, or to flash_attn_fp8_func for a forward pass in FP8, or "
+            "call under torch.no_grad()"
         )
 
 

@@ -80,7 +80,8 @@ def flash_attn_fp8_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: sequences are packed, or a `Quantized`'s tensor requires grad.
+        NotImplementedError: sequences are packed, a `Quantized`'s tensor requires grad, or a tensor
+            has a forward-mode tangent.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
     deterministic = checks.flag("deterministic", deterministic)
@@ -88,7 +89,7 @@ def flash_attn_fp8_func(
         scalars, out_dtype = prepare_quantized(
             *(q, k, v, recipe, softmax_scale, causal, window_size, softcap, sm_margin, out_dtype)
         )
-        checks.no_gradient(q.q, q.k, q.v)
+        checks.no_gradient(*attention_fp8.forward_arguments(q), q.k_mean)
         return _result(
             attention_fp8.attend(q, scalars, out_dtype, return_attn_probs), return_attn_probs
         )
@@ -161,10 +162,10 @@ def attention_of_e4m3(
     Returns:
         The output, in bfloat16, and the log-sum-exp.
     """
-    checks.no_gradient(q, k, v, learnable_sink)
     q_descale, k_descale, v_descale = descales
     if q_descale is not None or k_descale is not None or v_descale is not None:
         checks.optional_tensors(q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    checks.no_gradient(q, k, v, *descales, learnable_sink)
     outputs: ops.Outputs = ops_fp8.forward_fp8(
         *ops_fp8.arguments_of_e4m3(q, k, v, descales, learnable_sink, scalars)
     )

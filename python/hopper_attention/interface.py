@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -94,8 +93,8 @@ def flash_attn_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: an argument asks for what is not built yet, or an e4m3 tensor requires
-            grad.
+        NotImplementedError: an argument asks for what is not built yet, a tensor has a forward-mode
+            tangent, or, where q is e4m3, requires grad.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
     given = (
@@ -131,29 +130,12 @@ def flash_attn_func(
     if in_fp8:
         out, lse = fp8.attention_of_e4m3(q, k, v, descales, learnable_sink, scalars)
     else:
-        out, lse = _attend(q, k, v, scalars, learnable_sink, deterministic)
+        ways = (ops.operator, ops.without_gradient, ops_backward.differentiable)
+        attend = _autograd.shortest_way("hopper_attention::forward", *ways, q, k, v, learnable_sink)
+        out, lse = attend(q, k, v, *scalars, learnable_sink, deterministic)
     if again is False:
         _remember(given, scalars, deterministic)
     return (out, lse) if return_attn_probs else out
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scalars: Scalars,
-    learnable_sink: torch.Tensor | None,
-    deterministic: bool,
-) -> ops.Outputs:
-    """Calls the operator by the shortest way that all who should see it see."""
-    more = () if learnable_sink is None else (learnable_sink,)
-    attend: Callable[..., ops.Outputs] = ops.operator
-    if not torch.compiler.is_compiling():
-        if not checks.needs_grad(q, k, v, learnable_sink):
-            attend = ops.without_gradient
-        elif _autograd.is_plain("hopper_attention::forward", q, k, v, *more):
-            attend = ops_backward.differentiable
-    return attend(q, k, v, *scalars, learnable_sink, deterministic)
 
 
 def _remember(given: tuple[Any, ...], scalars: Scalars, deterministic: bool) -> None:

@@ -76,6 +76,7 @@ def _backward_cuda(
     kind = _DENSE if len(rest) == _NUM_SCALARS else _WITH_SINK
     all_deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *rest)
+    checks.no_tangent(*arguments)
     again: Gradients | None = kind.calls.call(all_deterministic, *arguments)
     if again is not None:
         return again
@@ -260,6 +261,7 @@ def gradients_of(
         return None, None, None
     if saved is None:
         saved = ctx.saved_tensors  # once: activation checkpointing hands them out no second time
+    checks.no_tangent(dout, dlse, *saved)
     dout = torch.zeros_like(saved[3]) if dout is None else dout
     arguments = (dout, dlse, *saved, *ctx.scalars)
     if torch.is_grad_enabled():  # create_graph=True; the operator's own formula says what is wrong

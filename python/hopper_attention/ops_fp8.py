@@ -187,7 +187,7 @@ def _forward_cuda(
     *rest: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     arguments = (q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink, *rest)
-    if not checks.needs_grad(q, k, v, learnable_sink):
+    if not checks.needs_grad(*arguments[:8]):
         again: ops.Outputs | None = _calls.call(*seen_by_table(*arguments))
         if again is not None:
             return again
@@ -203,7 +203,7 @@ def _forward_cuda(
         x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
         tensors, plan = _make_plan(key, x)
     sink = None if learnable_sink is None else ops.sink_in_place(learnable_sink, q)
-    checks.no_gradient(q, k, v, learnable_sink)
+    checks.no_gradient(*arguments[:8])
     run, is_empty, out_layout, lse_layout = plan
     out, lse = ops._empty(*out_layout), ops._empty(*lse_layout)
     if is_empty:
@@ -275,7 +275,7 @@ def _forward_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x = Tensors(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
     r = request(x, out_dtype, v_transposed, scalars)
-    checks.no_gradient(q, k, v, learnable_sink)
+    checks.no_gradient(q, k, v, q_descale, k_descale, v_descale, v_token_factor, learnable_sink)
     return _allocate(r, out_dtype, q.device)
 
 

@@ -171,6 +171,7 @@ _calls = CallTable(  # as ops.py's
 
 
 def _quantize_cuda(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
+    checks.no_gradient(q, k, v, *rest[:2])
     again: Outputs | None = _calls.call(q, k, v, *rest)
     if again is not None:
         return again
@@ -260,6 +261,7 @@ def _ints(dtype: torch.dtype, dims: checks.Dims, call: Call) -> tuple[int, ...]:
 
 
 def _quantize_cpu(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> Outputs:
+    checks.no_gradient(q, k, v, *rest[:2])
     call = Call.make(*rest)
     dims = request(q, k, v, call)
     outputs = _allocate(dims, call, q.device)

@@ -50,6 +50,7 @@ def _backward_cuda(
     lengths = Lengths(cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k)
     all_deterministic = torch.are_deterministic_algorithms_enabled()
     arguments = (dout, dlse, q, k, v, out, lse, *lengths, *scalars)
+    checks.no_tangent(*arguments)
     again: Gradients | None = _PACKED.calls.call(all_deterministic, *arguments)
     if again is not None:
         return again

@@ -60,7 +60,7 @@ def quantize(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: a tensor requires grad.
+        NotImplementedError: a tensor requires grad, or has a forward-mode tangent.
         RuntimeError: CUDA tensors, and the compiled library is missing, the device is no Hopper
             GPU, or CUDA fails.
     """
@@ -108,7 +108,7 @@ def _call_operator(
     *recipe, rotary_interleaved, rotary_q_offset, rotary_k_offset = rest
     if rotary_q_offset is not None:
         rotary_q_offset = checks.integer("rotary_q_offset", rotary_q_offset)
-    checks.no_gradient(q, k, v)
+    checks.no_gradient(q, k, v, rotary_cos, rotary_sin)
     outputs: ops_quantize.Outputs = ops_quantize.quantize(
         *(q, k, v, rotary_cos, rotary_sin, cu_seqlens_q, cu_seqlens_k, *recipe),
         checks.flag("rotary_interleaved", rotary_interleaved),

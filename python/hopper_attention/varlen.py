@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -102,7 +101,8 @@ def flash_attn_varlen_func(
     Raises:
         ValueError: a shape, device or number is not allowed.
         TypeError: a type or dtype is not allowed.
-        NotImplementedError: an argument asks for what is not built yet.
+        NotImplementedError: an argument asks for what is not built yet, or a tensor has a
+            forward-mode tangent.
         RuntimeError: the compiled library is missing, the device is no Hopper GPU, or CUDA fails.
     """
     given = (
@@ -156,7 +156,9 @@ def flash_attn_varlen_func(
     )
     if deterministic is not False:
         deterministic = checks.flag("deterministic", deterministic)
-    out, lse = _attend(q, k, v, lengths, scalars, deterministic)
+    ways = (ops_varlen.operator, ops_varlen.without_gradient, ops_varlen_backward.differentiable)
+    attend = _autograd.shortest_way("hopper_attention::forward_varlen", *ways, q, k, v, *lengths)
+    out, lse = attend(q, k, v, *lengths, *scalars, deterministic)
     if again is False:
         its_arguments = (q, k, v, *lengths, *scalars)
         _eager.adopt(given, ops_varlen._calls, its_arguments, (*scalars[:-1], deterministic))
@@ -165,25 +167,6 @@ def flash_attn_varlen_func(
 
 def _is_length(max_seqlen: Any) -> bool:
     return max_seqlen is None or (type(max_seqlen) is int and max_seqlen >= 0)
-
-
-def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    lengths: Lengths,
-    scalars: ops.Scalars,
-    deterministic: bool,
-) -> ops.Outputs:
-    """Calls the operator by the shortest way that all who should see it see."""
-    attend: Callable[..., ops.Outputs] = ops_varlen.operator
-    if not torch.compiler.is_compiling():
-        given = [x for x in lengths if x is not None]
-        if not checks.needs_grad(q, k, v):
-            attend = ops_varlen.without_gradient
-        elif _autograd.is_plain("hopper_attention::forward_varlen", q, k, v, *given):
-            attend = ops_varlen_backward.differentiable
-    return attend(q, k, v, *lengths, *scalars, deterministic)
 
 
 def prepare(

@@ -2,14 +2,17 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py \\
-      --only '^(?!backward|quantize)'
+      --only '^(?!backward|quantize|.*d64_packed)'
 
 racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
 and delta come) for a store of the thread that issues it, and does not see that its readers wait for
-the copy's mbarrier. Copies through a tensor map it leaves out. Nor the quantizer: it reports what a
-warp stores before one of its lanes arrives at an mbarrier for all of them, behind a __syncwarp().
-Of packed kernels it reports, at head dimension 64, a warp's reads of a tile's message before one
-lane gives its slot back, and the slot's next message. That may be the same, but is not shown yet.
+the copy's mbarrier. Copies through a tensor map it leaves out. Nor does it see that, behind a
+__syncwarp(), one lane's arrival at an mbarrier gives back what its whole warp has read or written.
+A kernel of a few lines shows that on the card: with such an arrival it is reported, and with one of
+each of the 32 lanes it is not. The quantizer's warps arrive so, and the forward kernels' where they
+give back the slot of a tile's message, whose reads and next message are then reported. Of the runs
+below that befalls packed kernels of head dimension 64 alone; dense masked ones are reported too
+where a block goes through many tiles.
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a

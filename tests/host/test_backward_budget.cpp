@@ -55,15 +55,15 @@ int tensor_bytes(const BackwardConfig& config) {
   for (int row = 0; row < config.tile_m; ++row) {
     total += config.stages * (2 * config.key.head_dim + 4);
     total += config.dout_stages * 2 * config.key.head_dim_v;
-    total += 4 * (config.cluster > 1 ? config.stages : config.dout_stages);  // delta
+    total += 4 * (config.roles == Roles::kPaired ? config.stages : config.dout_stages);  // delta
     total += config.ds_stages * config.tile_n * 2;
     if (config.dq_path == DqPath::kBulk) total += config.key.head_dim * 4;
     if (config.roles == Roles::kPaired) total += config.tile_n * 4;
     if (config.roles == Roles::kThirds) total += config.ds_stages * config.tile_n * 2;
-    if (config.cluster > 1) total += config.ds_stages * config.tile_n * 2;
+    if (config.roles == Roles::kPaired) total += config.ds_stages * config.tile_n * 2;
   }
-  if (config.cluster > 1) {  // the other block's keys, in the columns of this one's dQ
-    for (int key = 0; key < config.tile_n; ++key) total += config.key.head_dim / config.cluster * 2;
+  if (config.roles == Roles::kPaired) {  // the other block's keys, in the columns of this one's dQ
+    for (int key = 0; key < config.tile_n; ++key) total += config.key.head_dim / 2 * 2;
   }
   return total;
 }

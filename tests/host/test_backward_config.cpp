@@ -173,8 +173,11 @@ void gradients_have_parts() {
 // so that Q and dS of two steps are there at the same time, and dO of one.
 void clusters_are_refused_where_they_cannot_run() {
   const Change changes[] = {
-      [](BackwardConfig& c) { c.cluster = 0; },
-      [](BackwardConfig& c) { c.cluster = c.dq_slices = 4; },
+      [](BackwardConfig& c) { c.tile_n = 128; },
+      [](BackwardConfig& c) { c.num_consumers = 3; },
+      [](BackwardConfig& c) { c.dq_split = DqSplit::kRows; },
+      [](BackwardConfig& c) { c.dq_path = DqPath::kBulk; },
+      [](BackwardConfig& c) { c.dq_slices = 4; },
       [](BackwardConfig& c) { c.dq_slices = 1; },
       [](BackwardConfig& c) { c.stages = c.ds_stages = 1; },
       [](BackwardConfig& c) { c.ds_stages = 1; },
@@ -183,7 +186,7 @@ void clusters_are_refused_where_they_cannot_run() {
   const BackwardKey key{Dtype::kBfloat16, 256, 256, MaskKind::kMasked};
   const BackwardConfig config = make_backward_config(key);
   check::context = "d256";
-  CHECK(config.cluster == 2 && config.dout_stages == 1 && config_error(config) == nullptr);
+  CHECK(cluster_blocks(config) == 2 && config.dout_stages == 1 && config_error(config) == nullptr);
   for (const Change change : changes) refuses_with("a cluster", config, change);
 }
 
@@ -287,8 +290,7 @@ void what_cannot_be_built_is_refused() {
   refuses("stages", [](BackwardConfig& c) { c.dout_stages = 0; });
   refuses("stages of dO", [](BackwardConfig& c) { c.dout_stages = 1; });
   refuses("shared memory", [](BackwardConfig& c) { c.stages = c.dout_stages = 6; });
-  refuses("pair", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
-  refuses("cluster: 2 blocks", [](BackwardConfig& c) { c.cluster = 2; });
+  refuses("cluster: blocks of 2", [](BackwardConfig& c) { c.roles = Roles::kPaired; });
   refuses("K in registers", [](BackwardConfig& c) { c.k_in_registers = true; });
   refuses("dQ late: consumers alike", [](BackwardConfig& c) { c.late_dq = true; });
   refuses("registers", [](BackwardConfig& c) { c.late_dq = c.ahead_scores = true; });

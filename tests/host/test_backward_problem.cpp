@@ -252,7 +252,7 @@ void grids_count_the_blocks_of_queries_and_keys() {
       CHECK(rows == 1);
       CHECK(plan.num_m_blocks == count_up(300, plan.config.tile_m));
       CHECK(plan.query_grid == plan.num_m_blocks * 8 * 2);
-      const int cluster = plan.config.cluster;
+      const int cluster = cluster_blocks(plan.config);
       CHECK(plan.key_grid == count_up(500, cluster * plan.config.tile_n) * cluster * 2 * 2);
       CHECK(plan.order.num_tiles() * cluster == plan.key_grid);
     }
@@ -287,7 +287,7 @@ void packed_grids_have_room_for_every_sequence() {
       CHECK(plan.key.mask == (capped ? MaskKind::kCapped : MaskKind::kPacked));
       CHECK(plan.num_m_blocks == max_blocks(300, 2, plan.config.tile_m));
       CHECK(plan.query_grid == plan.num_m_blocks * 8);
-      const int cluster = plan.config.cluster;
+      const int cluster = cluster_blocks(plan.config);
       CHECK(plan.max_key_entries == max_blocks(500, 2, cluster * plan.config.tile_n));
       CHECK(plan.key_grid == plan.max_key_entries * cluster * 2);
       CHECK(plan.packed_order.heads == 2 && plan.packed_order.head_groups.size >= 1);
@@ -317,7 +317,7 @@ void clusters_are_whole() {
     args.seqlen_k = seqlen_k;
     check::context = std::to_string(seqlen_k) + " keys";
     const BackwardPlan plan = plan_of(args);
-    CHECK(plan.config.cluster == 2 && plan.config.tile_n == 64);
+    CHECK(cluster_blocks(plan.config) == 2 && plan.config.tile_n == 64);
     CHECK(plan.key_grid == (seqlen_k <= 128 ? 2 : 4) * 2 * 2);
   }
 }

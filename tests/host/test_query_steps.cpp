@@ -90,7 +90,7 @@ BackwardPlan plan_of(const Args& args) {
 std::vector<Running> dense_grid(const BackwardPlan& plan, const Args& args) {
   std::vector<Running> grid;
   const int group = args.heads / args.heads_kv;
-  const int cluster = plan.config.cluster, keys = cluster_keys(plan.config);
+  const int cluster = cluster_blocks(plan.config), keys = cluster_keys(plan.config);
   for (int block_idx = 0; block_idx < plan.key_grid; ++block_idx) {
     const WorkTile work = plan.order(block_idx / cluster);
     const int own_cluster = key_block(plan.order, work, plan.last_first);
@@ -137,7 +137,7 @@ std::vector<KeyEntry> ordered_list(const BackwardPlan& plan, const PackedLengths
 std::vector<Running> packed_grid(const BackwardPlan& plan, const Args& args,
                                  const PackedLengths& lengths) {
   std::vector<Running> grid;
-  const int heads = args.heads / args.heads_kv, cluster = plan.config.cluster;
+  const int heads = args.heads / args.heads_kv, cluster = cluster_blocks(plan.config);
   for (int group = 0; group < plan.packed_order.num_groups; ++group) {
     const std::vector<KeyEntry> list = ordered_list(plan, lengths, group);
     const int entries = static_cast<int>(list.size());
@@ -165,7 +165,7 @@ struct Added {
 
 // Whole clusters, of which the last one may have a block without keys.
 int count_key_blocks(const BackwardPlan& plan, const Mask& mask, int m_block) {
-  const int cluster = plan.config.cluster;
+  const int cluster = cluster_blocks(plan.config);
   const BlockRange seen =
       tile_key_blocks(mask, m_block, plan.config.tile_m, cluster * plan.config.tile_n);
   return cluster * (seen.end - seen.begin);
@@ -175,10 +175,10 @@ int count_key_blocks(const BackwardPlan& plan, const Mask& mask, int m_block) {
 bool makes_a_step(const BackwardPlan& plan, Running& block, std::map<std::int64_t, Added>& added) {
   const BackwardConfig& config = plan.config;
   const unsigned int own = add_turn(block.mask, block.n_block, block.at.m_block, config.tile_m,
-                                    config.tile_n, plan.last_first, config.cluster);
+                                    config.tile_n, plan.last_first, cluster_blocks(config));
   Added& to = added[block.at.block];
   const auto so_far = static_cast<unsigned int>(to.key_blocks.size());
-  if (!turn_has_come(so_far, own, config.cluster)) return false;
+  if (!turn_has_come(so_far, own, cluster_blocks(config))) return false;
   to.expected = count_key_blocks(plan, block.mask, block.at.m_block);
   CHECK(to.key_blocks.insert(block.n_block).second);
   block.at.advance();
@@ -231,7 +231,7 @@ void all_tiles_get_their_turns(const BackwardPlan& plan, std::vector<Running> ti
 // others at the same step or one before.
 void all_get_their_turns(const BackwardPlan& plan, std::vector<Running> grid, int places) {
   if (is_persistent(plan.config)) return all_tiles_get_their_turns(plan, grid, places);
-  const std::size_t cluster = static_cast<std::size_t>(plan.config.cluster);
+  const std::size_t cluster = static_cast<std::size_t>(cluster_blocks(plan.config));
   const std::size_t room = std::max(static_cast<std::size_t>(places), cluster);
   std::map<std::int64_t, Added> added;
   std::vector<std::size_t> running;  // of the grid

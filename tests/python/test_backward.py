@@ -194,11 +194,39 @@ def test_forward_mode_is_refused(gradient_library):
         for function in (attend, hopper_attention.flash_attn_fp8_func):
             with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
                 function(dual, k, v)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.ops.hopper_attention.forward(dual, k, v, 1.0, False)
         assert attend(q, k, v).isfinite().all()  # without a tangent
     _, of_reference = torch.func.jvp(
         lambda x: reference.attention(x, k, v)[0], (q,), (torch.ones_like(q),)
     )
     assert of_reference.any()
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("use_lse", [False, True])
+def test_forward_mode_through_the_backward_pass_is_refused(gradient_library, use_lse, create_graph):
+    inputs = random_qkv()
+    outputs = hopper_attention.flash_attn_func(*inputs, return_attn_probs=True)
+    place = int(use_lse)
+
+    def gradients(grad_output):
+        return torch.autograd.grad(
+            outputs[place], inputs, grad_output, retain_graph=True, create_graph=create_graph
+        )
+
+    one = torch.ones_like(outputs[place])
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(gradients, (one,), (one,))
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            gradients(torch.autograd.forward_ad.make_dual(one, one))
+        saved = (None, *(x.detach() for x in (*inputs, *outputs)), 1.0, False, -1, -1, 0.0, False)
+        dout = torch.ones_like(outputs[0]).detach()
+        ops_backward.backward(dout, *saved)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            ops_backward.backward(torch.autograd.forward_ad.make_dual(dout, dout), *saved)
+        assert gradients(one)[0].isfinite().all()  # without a tangent
 
 
 def test_calls_of_one_problem_are_prepared_once(gradient_library):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_the_picture_is_the_same_for_the_same_results(stored, tmp_path, suffix):
     assert len(first) > 10_000
     if suffix == "png":
         assert first == pictures[1].read_bytes()
+
+
+def test_pictures_need_the_extra_that_is_named(stored, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib, of the extra 'study': pip inst"):
+        plot_forward(records.load(stored), tmp_path / "a.png")
+    stored_only = ["bench", "--plot-only", str(stored)]
+    runner = CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+    for arguments in ([*stored_only, "--plot", "a.png"], ["bench", "forward", "--plot", "a.png"]):
+        result = runner.invoke(app, arguments)
+        assert result.exit_code == 2
+        assert "pip install 'hopper-attention[study]'" in result.output
+    assert runner.invoke(app, stored_only).exit_code == 0
 
 
 def test_the_picture_shows_every_contestant_in_every_panel(stored, monkeypatch):

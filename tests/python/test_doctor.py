@@ -193,7 +193,7 @@ def test_a_missing_package_is_named(world, monkeypatch):
 
     monkeypatch.setattr(probes.metadata, "version", version)
     checks, uses = report(expected_code=1)
-    assert checks["transformers"]["do"] == "pip install transformers"
+    assert checks["transformers"]["do"] == "pip install 'hopper-attention[study]'"
     assert uses["study (error study)"]["because"] == ["transformers"]
 
 

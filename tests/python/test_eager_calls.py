@@ -20,7 +20,7 @@ from test_plain_calls import (
 from torch.utils.checkpoint import checkpoint
 
 import hopper_attention
-from hopper_attention import _eager, interface, ops_backward
+from hopper_attention import _autograd, _eager, interface, ops_backward
 
 __all__ = ["autocast_rules", "seen_by_tensors"]  # fixtures
 
@@ -45,7 +45,7 @@ def long_ways(monkeypatch, library):
         return count
 
     for module, function, name in (
-        (interface, "_attend", "forward"),
+        (_autograd, "shortest_way", "forward"),
         (ops_backward, "gradients_of", "backward"),
     ):
         monkeypatch.setattr(module, function, counted(name, getattr(module, function)))

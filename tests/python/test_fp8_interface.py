@@ -1,6 +1,7 @@
 """The e4m3 interfaces: what they check, and what they pass to the library (fp8_library.py)."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -243,6 +244,39 @@ def test_e4m3_tensors_have_no_gradient(library):
     q, k, v = (x.to(FP8) for x in (q, k, v))
     with pytest.raises(NotImplementedError, match="e4m3fn tensors have no gradient"):
         hopper_attention.flash_attn_func(q, k, v.requires_grad_())
+
+
+def test_scales_have_no_derivative(library):
+    q, k, v = random_qkv()
+    quantized = hopper_attention.quantize(q, k, v)
+    q, k, v = (x.to(FP8) for x in (q, k, v))
+
+    def of_quantized(scale):
+        return hopper_attention.flash_attn_fp8_func(replace(quantized, v_descale=scale))
+
+    def of_e4m3(scale):
+        return hopper_attention.flash_attn_func(q, k, v, k_descale=scale)
+
+    def of_operator(scale):
+        return call_operator(q, k, v, scale)
+
+    ones = torch.ones(2, 2)
+    for function, scale in (
+        (of_quantized, quantized.v_descale),
+        (of_e4m3, ones),
+        (of_operator, ones),
+    ):
+        for _ in range(2):
+            function(scale)
+            with pytest.raises(NotImplementedError, match="e4m3fn tensors have no gradient"):
+                function(scale.clone().requires_grad_())
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(scale, scale)
+                with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                    function(dual)
+        if function is not of_operator:
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                torch.func.jvp(function, (scale,), (scale,))
 
 
 def test_the_cpu_says_where_to_go():

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import hopper_attention
 from hopper_attention import _library, ops, ops_quantize
 from hopper_attention.quantized import Quantized
-from hopper_attention.recipe import Fp8Recipe, signs
+from hopper_attention.recipe import Fp8Recipe, arguments, signs
 
 QUANTIZE = torch.ops.hopper_attention.quantize.default
 RECIPES = [
@@ -262,6 +262,34 @@ def test_wrong_tensors():
         hopper_attention.quantize(q, k, v[..., :20])
     with pytest.raises(NotImplementedError, match="have no gradient"):
         hopper_attention.quantize(q, k.requires_grad_(), v)
+
+
+def test_no_derivative_is_dropped():
+    q, k, v = random_qkv()
+    cos, sin = torch.randn(2, 300, 8)
+    rest = (*[None] * 4, *arguments(Fp8Recipe()), False, None, 0)
+
+    def rotated(table):
+        return hopper_attention.quantize(q, k, v, rotary_cos=cos, rotary_sin=table).q_descale
+
+    def call_operator(x):
+        return QUANTIZE(x, k, v, *rest)[0]
+
+    for function, x in (
+        (lambda x: hopper_attention.quantize(q, x, v).k_descale, k),
+        (rotated, sin),
+        (call_operator, q),
+    ):
+        function(x)
+        with pytest.raises(NotImplementedError, match="have no gradient"):
+            function(x.clone().requires_grad_())
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                function(dual)
+        if function is not call_operator:
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                torch.func.jvp(function, (x,), (x,))
 
 
 class Recorder:

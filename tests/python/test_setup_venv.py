@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def test_lists_are_those_that_a_toml_parser_reads(setup_venv, pyproject):
     assert setup_venv.read_list("dependencies", pyproject) == data["project"]["dependencies"]
     for extra, packages in data["project"]["optional-dependencies"].items():
         assert setup_venv.read_list(extra, pyproject) == packages
+
+
+def test_what_make_installs_brings_the_study(setup_venv, pyproject):
+    study = setup_venv.read_list("study", pyproject)
+    assert sorted(re.split("[<>=]", line)[0] for line in study) == ["matplotlib", "transformers"]
+    assert not set(study) & set(setup_venv.read_list("dependencies", pyproject))
+    assert "hopper-attention[study]" in setup_venv.read_list("demo", pyproject)
+    for extras in re.findall(r"--extras (\S+)", (ROOT / "Makefile").read_text()):
+        assert "demo" in extras.split(",")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hopper_attention.cli import app
 from hopper_attention.cli.study import parse_layers
-from hopper_attention.study import StudyError
+from hopper_attention.study import Settings, StudyError, run_study
 from hopper_attention.study.formats import names
 from hopper_attention.study.records import read_csv, read_json
 
@@ -115,6 +115,26 @@ def test_layers_are_read(text, layers):
 def test_layers_of_another_form_are_refused(text):
     with pytest.raises(StudyError, match="--layers"):
         parse_layers(text)
+
+
+@pytest.mark.parametrize("name", ["transformers", "matplotlib"])
+def test_a_missing_package_is_named_before_anything_is_computed(tmp_path, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)  # as if not installed
+    out = tmp_path / "out"
+    result = invoke("--source", "normal", *SMALL, *SIXTEEN, "--out", str(out))
+    assert result.exit_code == 2
+    words = f"not installed: {name}, of the extra 'study': pip install 'hopper-attention[study]'"
+    assert words in plain(result)
+    assert not out.exists()
+
+
+def test_the_study_itself_needs_no_pictures(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    settings = Settings(sources=("normal",), formats=("fp16",), seqlen=32, heads=1, head_dim=16)
+    assert run_study(settings).rows
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ModuleNotFoundError, match=r"transformers, of the extra 'study': pip inst"):
+        run_study(settings)
 
 
 def test_help_needs_neither_transformers_nor_matplotlib():

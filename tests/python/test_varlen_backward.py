@@ -253,6 +253,21 @@ def test_activation_checkpointing(library):
         assert all(torch.equal(x.grad, y) for x, y in zip(inputs, expected, strict=True))
 
 
+def test_forward_mode_is_refused(library):
+    inputs = leaves()
+    out, lse = attend(*inputs, CU_Q, CU_K, None, None, return_attn_probs=True)
+    saved = (None, *(x.detach() for x in (*inputs, out, lse)), CU_Q, CU_K, None, None, *SCALARS)
+    for function, x in (
+        (lambda x: attend(x, *inputs[1:], CU_Q, CU_K, None, None), inputs[0].detach()),
+        (lambda x: torch.autograd.grad(out, inputs, x, retain_graph=True), torch.ones_like(out)),
+        (lambda x: ops_varlen_backward.backward(x, *saved), torch.ones_like(out)),
+    ):
+        with torch.autograd.forward_ad.dual_level():
+            function(x)
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                function(torch.autograd.forward_ad.make_dual(x, x))
+
+
 def test_the_second_derivative_is_refused(library):
     inputs = leaves()
     out = attend(*inputs, CU_Q, CU_K, 5, 6)

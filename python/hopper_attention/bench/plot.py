@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hopper_attention._extras import STUDY, require
 from hopper_attention.bench.contestants import OURS, PEERS
 from hopper_attention.bench.ratios import Comparison, compare_records
 from hopper_attention.bench.records import run_of
@@ -31,10 +32,12 @@ def plot_forward(document: Mapping[str, Any], path: Path) -> None:
 
     Raises:
         ValueError: The document has no records of suite "forward".
+        ModuleNotFoundError: matplotlib, of the extra "study", is not installed.
     """
     comparisons = compare_records(document["records"], "forward")
     if not comparisons:
         raise ValueError("there are no records of suite 'forward' to draw")
+    require(STUDY, "matplotlib")
     import matplotlib
 
     matplotlib.use("Agg")

@@ -65,10 +65,16 @@ def bench(
     Contestants take turns on each shape; their outputs are checked against float64 in the same run.
     The exit code is 1 when our own kernels did not run or were wrong anywhere.
     """
+    from hopper_attention._extras import STUDY, MissingExtraError, require
     from hopper_attention.bench.shapes import SUITES
     from hopper_attention.bench.table import make_console
 
     console = make_console()
+    if plot is not None:
+        try:
+            require(STUDY, "matplotlib")
+        except MissingExtraError as error:
+            raise typer.BadParameter(str(error), param_hint="--plot") from error
     if plot_only is not None:
         _show_stored(console, plot_only, plot, suites)
         return

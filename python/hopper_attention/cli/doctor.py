@@ -52,7 +52,6 @@ _NEEDS = {
         "NVIDIA driver",
         "Hopper card",
         "compiled library",
-        "matplotlib",
     ),
 }
 

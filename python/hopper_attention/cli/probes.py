@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 import hopper_attention
+from hopper_attention import _extras
 from hopper_attention import _library as loader
 from hopper_attention.bench import machine, session, sources
 from hopper_attention.bench.contestants import FA3_VARIABLE
@@ -186,11 +187,14 @@ def _tiles() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
-    for name, purpose in (("transformers", "study"), ("matplotlib", "study and bench --plot")):
+    for name, purpose in (
+        ("transformers", "study needs"),
+        ("matplotlib", "study and pictures need"),
+    ):
         try:
             yield Check(name, True, metadata.version(name))
         except metadata.PackageNotFoundError:
-            yield Check(name, False, f"not installed; {purpose} need it", f"pip install {name}")
+            yield Check(name, False, f"not installed; {purpose} it", _extras.command(_extras.STUDY))
 
 
 def _peers() -> Iterator[Check]:

@@ -108,6 +108,7 @@ def study(
     GPU's kernels where there is one, and is emulated on the CPU, rounding for rounding, where
     there is none; each row says which.
     """
+    from hopper_attention._extras import STUDY, MissingExtraError, require
     from hopper_attention.study import Settings, StudyError, run_study
     from hopper_attention.study.models import DEFAULT_MODEL
     from hopper_attention.study.report import ProgressBar
@@ -115,6 +116,7 @@ def study(
     console = Console(quiet=quiet)
     errors = Console(stderr=True)
     try:
+        require(STUDY, "transformers", "matplotlib")  # all of it: before minutes of computing
         settings = Settings(
             sources=_sources(source),
             formats=_formats(formats),
@@ -134,7 +136,7 @@ def study(
         _make_folder(out)
         with ProgressBar(console) as progress:
             result = run_study(settings, progress)
-    except StudyError as error:
+    except (StudyError, MissingExtraError) as error:
         errors.print(f"[bold red]study:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     _show(result, console)

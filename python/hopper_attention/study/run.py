@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import hopper_attention
+from hopper_attention._extras import STUDY, require
 
 from .context import study_context
 from .distributions import DISTRIBUTIONS, random_inputs
@@ -35,7 +36,9 @@ def run_study(settings: Settings, progress: Progress | None = None) -> Study:
 
     Raises:
         StudyError: for settings that cannot be studied; the message says what to change.
+        ModuleNotFoundError: a package of the extra "study" is not installed.
     """
+    require(STUDY, "transformers")
     progress = progress or Silent()
     started = time.perf_counter()
     device = choose_device(settings.device)
