@@ -12,7 +12,9 @@
 
 namespace hopper_attention {
 
-inline constexpr int kSumThreads = 256, kSumWarps = kSumThreads / 32;
+// So that eight blocks share a multiprocessor, whose loads come and end at different times.
+inline constexpr int kSumThreads = 128, kSumWarps = kSumThreads / 32;
+inline constexpr int kSumAhead = 12;  // vectors of a lane that are under way
 inline constexpr int kMeanThreads = 512;
 
 __device__ inline void clear(const QuantizeParams& params) {
@@ -66,39 +68,83 @@ __device__ inline int hidden(int number) {
 }
 
 // 8 elements.
-template <bool kAligned>
-__device__ uint4 load_vector(const std::uint16_t* from) {
-  if constexpr (kAligned) {
-    return __ldg(reinterpret_cast<const uint4*>(from));
-  } else {
-    std::uint32_t words[4];
+__device__ inline uint4 load_elements(const std::uint16_t* from) {
+  std::uint32_t words[4];
 #pragma unroll
-    for (int w = 0; w < 4; ++w) words[w] = __ldg(from + 2 * w) | __ldg(from + 2 * w + 1) << 16;
-    return {words[0], words[1], words[2], words[3]};
-  }
+  for (int w = 0; w < 4; ++w) words[w] = __ldg(from + 2 * w) | __ldg(from + 2 * w + 1) << 16;
+  return {words[0], words[1], words[2], words[3]};
 }
 
-// Sums of K as it came. Eight loads are under way together, where vectors are aligned.
-template <class Element, bool kAligned>
-__device__ void sum_rows(const SumPlace& place, std::int64_t stride, float (&sum)[8]) {
-  constexpr int kAtOnce = kAligned ? 8 : 1;
-  const int rows = place.exists ? place.task.rows : 0;
+// Lines that leave L2 first.
+__device__ inline std::uint64_t evict_first() {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// 8 elements that are aligned, to shared memory; they come while this thread goes on.
+__device__ inline void copy_vector(uint4* to, const std::uint16_t* from, std::uint64_t policy) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(to));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;"
+               :
+               : "r"(address), "l"(from), "l"(policy)
+               : "memory");
+}
+
+template <class Element>
+__device__ void add_vector(const uint4& vector, float (&sum)[8]) {
+  float x[8];
+  unpack<Element>(vector, x);
+#pragma unroll
+  for (int e = 0; e < 8; ++e) sum[e] += x[e];
+}
+
+// The rows of K that a warp adds up, one in kSumWarps, from the first.
+struct SumRows {
+  const std::uint16_t* from;
+  std::int64_t stride;
+  int count;
+
+  __device__ SumRows(const SumPlace& place, std::int64_t stride_seq) {
+    const int warp = threadIdx.x / 32;
+    from = place.from + warp * stride_seq;
+    stride = kSumWarps * stride_seq;
+    count = place.exists ? (place.task.rows - warp + kSumWarps - 1) / kSumWarps : 0;
+  }
+};
+
+// Sums of K as it came. Its vectors come by way of shared memory, where each lane has room for its
+// own: more of them are under way than registers could take, and one is asked for as soon as one
+// was added.
+template <class Element>
+__device__ void sum_aligned(SumRows rows, uint4 (*own)[32], float (&sum)[8]) {
+  own += threadIdx.x / 32 * kSumAhead;
+  const int lane = threadIdx.x % 32;
+  const std::uint64_t policy = evict_first();  // 1 to 4% of a smoothed K's time
+  const auto ask = [&](int row, int at) {
+    if (row < rows.count) copy_vector(&own[at][lane], rows.from, policy);
+    asm volatile("cp.async.commit_group;" : : : "memory");
+    rows.from += rows.stride;
+  };
 #pragma unroll 1
-  for (int first = threadIdx.x / 32; first < rows; first += kAtOnce * kSumWarps) {
-    const std::uint16_t* from = place.from + first * stride;
-    uint4 vectors[kAtOnce];
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const bool valid = first + i * kSumWarps < rows;
-      vectors[i] = valid ? load_vector<kAligned>(from + i * kSumWarps * stride) : uint4{};
-    }
-#pragma unroll
-    for (const uint4& vector : vectors) {
-      float x[8];
-      unpack<Element>(vector, x);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += x[e];
-    }
+  for (int row = 0; row < kSumAhead; ++row) ask(row, row);
+  int at = 0;
+#pragma unroll 4
+  for (int row = 0; row < rows.count; ++row) {
+    asm volatile("cp.async.wait_group %0;" : : "n"(kSumAhead - 1) : "memory");
+    add_vector<Element>(own[at][lane], sum);
+    ask(row + kSumAhead, at);
+    at = at + 1 == kSumAhead ? 0 : at + 1;
+  }
+  __syncwarp();
+}
+
+// The same, where vectors are not aligned.
+template <class Element>
+__device__ void sum_unaligned(SumRows rows, float (&sum)[8]) {
+#pragma unroll 1
+  for (int row = 0; row < rows.count; ++row, rows.from += rows.stride) {
+    add_vector<Element>(load_elements(rows.from), sum);
   }
   __syncwarp();
 }
@@ -138,7 +184,7 @@ __device__ void sum_rotated(const QuantizeParams& params, const SumPlace& place,
   for (int row = threadIdx.x / 32; row < place.task.rows; row += kSumWarps) {
     const int position = rotary_position(params, place.task, row);
     __syncwarp();
-    own_row[lane] = place.exists ? load_vector<false>(place.from + row * stride) : uint4{};
+    own_row[lane] = place.exists ? load_elements(place.from + row * stride) : uint4{};
     __syncwarp();
     if (!place.exists) continue;
     float x[8];
@@ -166,9 +212,10 @@ __device__ inline bool any_infinite(const float (&sum)[8]) {
 // K's sums over 128 tokens, before signs and Hadamard, which are taken of their mean: both are
 // linear. Zeros are cleared on the way.
 template <class Element>
-__global__ void __launch_bounds__(kSumThreads, 4)
+__global__ void __launch_bounds__(kSumThreads, 8)
     sum_kernel(const __grid_constant__ QuantizeParams params) {
-  __shared__ float4 of_warps[kSumWarps][64];
+  __shared__ uint4 vectors[kSumWarps * kSumAhead][32];
+  auto& of_warps = reinterpret_cast<float4(&)[kSumWarps][64]>(vectors);
   wait_for_last_kernel();
   let_next_start();
   clear(params);
@@ -178,10 +225,11 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   bool only_finite = params.rotary.dim == 0, again = !only_finite;
   if (only_finite) {
     const SumPlace place(k, block);
+    const SumRows rows(place, k.in_stride_seq);
     if (k.aligned) {
-      sum_rows<Element, true>(place, k.in_stride_seq, sum);
+      sum_aligned<Element>(rows, vectors, sum);
     } else {
-      sum_rows<Element, false>(place, k.in_stride_seq, sum);
+      sum_unaligned<Element>(rows, sum);
     }
     again = any_infinite(sum);
   }
@@ -195,15 +243,19 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   to[0] = {sum[0], sum[1], sum[2], sum[3]};
   to[1] = {sum[4], sum[5], sum[6], sum[7]};
   __syncthreads();
-  float all = 0.0f;
-#pragma unroll
-  for (auto& of_warp : of_warps) all += reinterpret_cast<const float*>(of_warp)[threadIdx.x];
   const SumPlace place(k, hidden(block));
   Task task = place.task;
-  const int of_block = threadIdx.x / k.head_dim, channel = threadIdx.x - of_block * k.head_dim;
-  task.head += of_block - lane / place.vectors;
-  if (of_block >= HeadsOfBlock(k).count || task.head >= k.heads) return;
-  params.k_partial[(task.dense_group(k) * k.slots + task.slot) * k.head_dim + channel] = all;
+  const int first_head = task.head - lane / place.vectors;
+#pragma unroll
+  for (int c = threadIdx.x; c < 256; c += kSumThreads) {
+    float all = 0.0f;
+#pragma unroll
+    for (auto& of_warp : of_warps) all += reinterpret_cast<const float*>(of_warp)[c];
+    const int of_block = c / k.head_dim, channel = c - of_block * k.head_dim;
+    task.head = first_head + of_block;
+    if (of_block >= HeadsOfBlock(k).count || task.head >= k.heads) break;
+    params.k_partial[(task.dense_group(k) * k.slots + task.slot) * k.head_dim + channel] = all;
+  }
 }
 
 // Where a head of a sequence has its blocks of tokens.

@@ -215,6 +215,17 @@ int beside_v(const QuantizePlan& plan, bool little_of_q) {
   return t[kV].find_amax && best != kNobody && !t[best].find_amax ? best : kNobody;
 }
 
+// A measuring pass over V or Q that comes first waits for nothing either: what it finds goes out
+// later. But maxima of channels are raised at once, from zero.
+int draws_of_measuring(const QuantizeParams& params, int at_once) {
+  const QuantizeSchedule& s = params.schedule;
+  if (s.num_segments < 2 || s.segments[0].by_streams.divisor > 1) return 0;
+  const QuantizeStream& first = s.streams[s.segments[0].streams[0]];
+  const bool by_channel = params.tensors[first.which].scale == ScaleKind::kChannel;
+  if (first.pass != QuantizePass::kAmax || by_channel) return 0;
+  return std::min(kEarlyDraws, s.segments[1].first_ticket / at_once);
+}
+
 void set_rotation(const Args& a, QuantizeParams* params) {
   if (a.rotary_cos != nullptr) {
     params->rotary = {a.rotary_cos,
@@ -353,6 +364,7 @@ void schedule_quantize(const QuantizeBlocks& blocks, QuantizePlan* plan) {
     }
   }
   schedule.finish();
+  if (q.find_amax) params.first_draws = draws_of_measuring(params, at_once);
 }
 
 }  // namespace hopper_attention

@@ -212,7 +212,7 @@ class UncountedTiles {
   }
 
  private:
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 4;
   int tiles_ = 0;
   // Of this lane's tile.
   int group_ = 0, counter_ = 0;
@@ -243,6 +243,7 @@ template <class Shape>
 __device__ void publish(const QuantizeParams& params, typename Shape::Shared& shared) {
   PublishedMaxima maxima;
   UncountedTiles uncounted;
+  bool cleared = false;  // the workspace, before this kernel
   const QuantizeTensor& v = params.tensors[kV];
   for (Ring<Shape::kSlots> ring;; ring.advance()) {
     shared.task_full[ring.stage].wait(ring.phase);
@@ -255,6 +256,8 @@ __device__ void publish(const QuantizeParams& params, typename Shape::Shared& sh
     if (measures_head) {
       uncounted.add<Shape>(v, slot);
     } else if (slot.task.pass == QuantizePass::kAmax) {
+      if (!cleared) wait_for_last_kernel();  // the first tasks did not
+      cleared = true;
       publish_amax<Shape>(params, slot, maxima);
     }
     __syncwarp();

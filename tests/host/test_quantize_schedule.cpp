@@ -69,17 +69,24 @@ void tickets_are_sound(const QuantizeParams& params) {
   CHECK(tickets == params.schedule.num_tickets);
 }
 
-// What a block has without a counter is the last pass over Q, which waits for nothing.
+// What a block has without a counter waits for nothing: it is the last pass over Q or, where Q is
+// measured, a pass that comes first and raises no maxima of channels.
 void early_tickets(const QuantizeParams& params, const QuantizeBlocks& blocks) {
-  const QuantizeTensor& q = params.tensors[kQ];
+  const QuantizeTensor &q = params.tensors[kQ], &v = params.tensors[kV];
   const int at_once = blocks.count * blocks.teams, count = params.first_draws * at_once;
   const int most = params.smooth_k ? kEarlyDrawsOfMean : kEarlyDraws;
-  CHECK(!q.find_amax || count == 0);
+  const int measured = v.order.num_tiles > 0 ? kV : kQ;
+  const bool measures = (v.find_amax && v.scale != ScaleKind::kChannel) || measured == kQ;
+  CHECK(!q.find_amax || params.first_draws <= (measures ? kEarlyDraws : 0));
+  const bool enough = v.scale == ScaleKind::kTensor && v.order.num_tiles >= kEarlyDraws * at_once;
+  CHECK(!q.find_amax || !enough || params.first_draws == kEarlyDraws);
   CHECK(q.find_amax || params.first_draws == most || q.order.num_tiles - count < at_once);
   std::int32_t segment = 0;
   for (int ticket = 0; ticket < count; ++ticket) {
     const QuantizeStream& stream = params.schedule.streams[params.schedule(ticket, segment).stream];
-    CHECK(stream.which == kQ && stream.pass == QuantizePass::kQuantize);
+    const auto first = q.find_amax ? std::pair{measured, QuantizePass::kAmax}
+                                   : std::pair{int{kQ}, QuantizePass::kQuantize};
+    CHECK(stream.which == first.first && stream.pass == first.second);
   }
 }
 
