@@ -12,22 +12,22 @@ namespace hopper_attention {
 
 template <class Traits>
 CUTE_DEVICE BlockRange visited_blocks(Mask const& mask, WorkTile tile) {
-  constexpr bool kAhead = Traits::kConfig.ahead_first;
+  constexpr bool kNeverEmpty = never_empty(Traits::kConfig);
   if constexpr (Traits::kPacked) {
     const BlockRange blocks =
         tile_key_blocks(mask, tile.m_block, Traits::kConfig.tile_m(), Traits::kTileN);
     // As below; the neighbour's keys are masked, and its values cleared.
     const int past = all_key_blocks(mask, Traits::kTileN).end;
-    return kAhead && blocks.empty() ? BlockRange{past, past + 1} : blocks;
+    return kNeverEmpty && blocks.empty() ? BlockRange{past, past + 1} : blocks;
   }
   // A cluster's last tile may have no row, and goes through the other one's blocks.
   if constexpr (Traits::kCluster > 1) return all_key_blocks(mask, Traits::kTileN);
   const int row_begin = tile.m_block * Traits::kConfig.tile_m();
   const int row_end = min(row_begin + Traits::kConfig.tile_m(), mask.seqlen_q);
   const BlockRange blocks = key_blocks(mask, row_begin, row_end, Traits::kTileN);
-  if constexpr (kAhead) {
-    // Its first product is issued before anyone looks: a tile without keys has a block past the
-    // last key, zeros that no row sees. Not block 0: without keys the descriptors are of Q.
+  if constexpr (kNeverEmpty) {
+    // A tile without keys has a block past the last key, zeros that no row sees. Not block 0:
+    // without keys the descriptors are of Q.
     const int past = max(1, all_key_blocks(mask, Traits::kTileN).end);
     if (blocks.empty()) return {past, past + 1};
   }

@@ -121,6 +121,14 @@ constexpr bool o_overlays_q(const ForwardConfig& config) {
   return is_fp8(config.key.dtype) && o_overlays(config);
 }
 
+// Whether every tile goes through a block of keys, one that no row sees if there is no other. With
+// ahead_first a tile's first product is issued before anyone looks. Where O lies on V, consumers
+// could be done with a tile without keys before the producer has seen that the last tile's O has
+// left: a barrier that is two phases ahead looks as if it were none ahead.
+constexpr bool never_empty(const ForwardConfig& config) {
+  return config.ahead_first || (o_overlays_v(config) && config.key.mask != MaskKind::kFull);
+}
+
 constexpr int shared_bytes(const ForwardConfig& config) {
   const int tensors =
       kv_bytes(config) + q_bytes(config) + (o_overlays(config) ? 0 : o_bytes(config));

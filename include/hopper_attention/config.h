@@ -80,7 +80,7 @@ inline constexpr int kClusterKeys = 1024;
 constexpr MaskKind tile_mask(Dtype dtype, int tile_head_dim, bool full, int seqlen_k,
                              int most_keys) {
   const bool wide = is_fp8(dtype) || tile_head_dim != 128 || seqlen_k > kShortKeys;
-  if (full && wide) return MaskKind::kFull;
+  if (full && wide && seqlen_k > 0) return MaskKind::kFull;  // whose tiles all have keys
   const bool has_short = !is_fp8(dtype) && tile_head_dim == 64;
   return has_short && most_keys <= kFewKeys ? MaskKind::kShort : MaskKind::kMasked;
 }

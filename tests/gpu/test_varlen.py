@@ -121,6 +121,17 @@ def test_thousands_of_sequences(head_dim, causal):
     check(*batch.inputs(), batch.lengths(), causal=causal)
 
 
+@TILE
+def test_tiles_without_keys_again_and_again(tile):
+    """Where O lies on V, such a tile was once over before the producer had come to it."""
+    keys = (0, 300, 0, 0, 5, 0, 0, 0, 130, 0) * 6
+    batch = of_tile(tile, rows=(200, 300, 129, 64, 1) * 12, keys=keys, heads=8, heads_kv=4)
+    inputs, lengths = batch.inputs(), batch.lengths()
+    for _ in range(100):
+        attention(*inputs, lengths, causal=True)
+    check(*inputs, lengths, causal=True)
+
+
 @HEAD_DIM
 def test_many_tiles_of_few_key_blocks(head_dim):
     generator = random.Random(4)

@@ -193,6 +193,14 @@ void plain_scores_take_the_kernel_without_a_mask() {
   CHECK(plan.mask.full() && !plan.transform_scores && !plan.order.longest_first);
   CHECK(std::fabs(plan.scale_log2 - 0.088f / std::log(2.0f)) < 1e-6f);
 
+  check::context = "no keys";  // every tile of a kernel without a mask has some
+  args.head_dim = args.head_dim_v = 256;
+  args.seqlen_k = 1;
+  CHECK(plan_of(args).key.mask == MaskKind::kFull);
+  args.seqlen_k = 0;
+  CHECK(plan_of(args).key.mask == MaskKind::kMasked);
+  args = valid_args();
+
   check::context = "causal";
   args.causal = 1;
   plan = plan_of(args);
