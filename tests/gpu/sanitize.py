@@ -2,7 +2,7 @@
 
     compute-sanitizer --tool memcheck --error-exitcode 1 python tests/gpu/sanitize.py
     compute-sanitizer --tool racecheck --error-exitcode 1 python tests/gpu/sanitize.py \\
-      --only '^(?!backward|quantize|.*d64_packed)'
+      --only '^(?!backward|quantize|.*packed)'
 
 racecheck cannot judge the backward kernels: it takes a plain bulk copy (cp.async.bulk, by which LSE
 and delta come) for a store of the thread that issues it, and does not see that its readers wait for
@@ -11,8 +11,8 @@ __syncwarp(), one lane's arrival at an mbarrier gives back what its whole warp h
 A kernel of a few lines shows that on the card: with such an arrival it is reported, and with one of
 each of the 32 lanes it is not. The quantizer's warps arrive so, and the forward kernels' where they
 give back the slot of a tile's message, whose reads and next message are then reported. Of the runs
-below that befalls packed kernels of head dimension 64 alone; dense masked ones are reported too
-where a block goes through many tiles.
+below that befalls packed kernels; dense masked ones are reported too where a block goes through
+many tiles.
 
 Full kernels run once, masked ones with a causal mask, a window and a soft cap; those of e4m3 with V
 transposed and as rows of tokens, and with scales of single tokens. Backward kernels run behind a
