@@ -164,8 +164,8 @@ void narrow_first_blocks_are_refused_where_they_have_no_use() {
 }
 
 // A second buffer of Q, with a full and an empty barrier a consumer, in packed batches two more
-// slots for tiles; and nothing that the kernel's
-// path for it does not know: skipped blocks, narrow ones, turns at the first block.
+// slots for tiles; and nothing that the kernel's path for it does not know: skipped blocks, narrow
+// ones, turns at the first block.
 void first_products_go_ahead_where_the_kernel_can_do_it() {
   for (const InstanceRow& row : kInstanceRows) {
     check::context = row.name;

@@ -34,18 +34,10 @@ MAX_LIBRARY_BYTES = 25 * 2**20
 OUTSIDE_THE_LOOP = "addresses that are written once and read once a tile, outside the key loop"
 TRANSPOSING = "the warps that transpose V have 24 registers; and addresses outside the key loop"
 IN_THE_LOOP = "a few words of the state of a tile or of the loop, read at most once a step"
-DRAWING = "the thread that draws tiles has 24 registers; read once a tile, outside the key loop"
 LOADING = "the warps that load, add and store have 24 registers; those that multiply use none of it"
 EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
-    "fp16_d256_full": OUTSIDE_THE_LOOP,
-    "bf16_d256_full": OUTSIDE_THE_LOOP,
     "fp16_d256_masked": OUTSIDE_THE_LOOP,
     "bf16_d256_masked": OUTSIDE_THE_LOOP,
-    **{
-        f"{dtype}_d{dims}_packed": DRAWING
-        for dtype in ("fp16", "bf16")
-        for dims in ("128", "192x128", "192", "256")
-    },
     **{
         f"backward_{dtype}_d{dims}_{mask}": IN_THE_LOOP if mask == "capped" else LOADING
         for dtype in ("fp16", "bf16")
@@ -63,7 +55,6 @@ EXPLAINED_LOCAL_MEMORY: dict[str, str] = {
         for mask in ("full", "masked")
     },
     "e4m3_d128_masked": IN_THE_LOOP,
-    "e4m3_d256_full": OUTSIDE_THE_LOOP,
     "e4m3_d256_masked": TRANSPOSING,
     "e4m3fast_d128_masked": TRANSPOSING,
     "e4m3fast_d256_masked": TRANSPOSING,
